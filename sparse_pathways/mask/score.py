@@ -1,0 +1,47 @@
+"""Weight to block score: one number per block, higher = keep."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_pathways.checks import Block, check_block, check_matrix, grid
+
+NORMS = ("l1", "l2")
+
+
+def block_sums(values: Tensor, block: Block = (8, 1)) -> Tensor:
+    """Sum of `values` over each block.
+
+    Args:
+        values: `[N, K]`.
+        block: (R, C); edge blocks sum what they have.
+
+    Returns:
+        `[NB, KB]` in the dtype of `values`.
+    """
+    rows, cols = check_block(block)
+    n, k = check_matrix("values", values).shape
+    blocks, columns = grid((n, k), (rows, cols))
+    padded = F.pad(values, (0, columns * cols - k, 0, blocks * rows - n)) if n % rows or k % cols else values
+    return padded.reshape(blocks, rows, columns, cols).sum((1, 3))
+
+
+def block_scores(weight: Tensor, block: Block = (8, 1), norm: str = "l1") -> Tensor:
+    """Magnitude of each block.
+
+    Args:
+        weight: `[N, K]`, any float dtype.
+        block: (R, C) = outputs x inputs of one block. Edge blocks score what they have.
+        norm: "l1" (sum of absolute values) or "l2" (root of the sum of squares).
+
+    Returns:
+        Scores `[NB, KB]`, non-negative, in the dtype of `weight`.
+
+    Raises:
+        ValueError: unknown norm, weight not 2-D, block size below 1.
+
+    Source: Dynamic ASR Pathways (arXiv 2309.13018), block-structured magnitude pruning.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm = {norm!r}; choose one of {', '.join(NORMS)}")
+    weight = check_matrix("weight", weight).detach()
+    return block_sums(weight.abs(), block) if norm == "l1" else block_sums(weight.square(), block).sqrt()
