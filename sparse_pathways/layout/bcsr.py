@@ -27,18 +27,18 @@ def compress(mask: Tensor) -> tuple[Tensor, Tensor]:
     return crow, mask.nonzero()[:, 1].to(id_dtype(mask.shape[1]))
 
 
-def block_rows(crow: Tensor) -> Tensor:
-    """Block row of every kept block, int64 `[nnz]`."""
-    counts = crow.diff()
-    return torch.repeat_interleave(torch.arange(counts.numel(), device=crow.device), counts)
+def block_rows(crow: Tensor, count: int) -> Tensor:
+    """Block row of each of the `count` kept blocks, int64 `[count]`."""
+    rows = torch.arange(crow.numel() - 1, device=crow.device)
+    return torch.repeat_interleave(rows, crow.diff(), output_size=count)
 
 
 def transpose(crow: Tensor, col: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """(crow_t, row_t, pos_t) of the same blocks in column order."""
-    rows, cols = block_rows(crow), col.long()
-    pos_t = torch.sort(cols, stable=True).indices
-    crow_t = torch.zeros(columns + 1, dtype=torch.int32, device=crow.device)
-    crow_t[1:] = torch.bincount(cols, minlength=columns).cumsum(0)
+    rows = block_rows(crow, col.numel())
+    cols, pos_t = torch.sort(col.to(torch.int32), stable=True)
+    edges = torch.arange(columns + 1, dtype=torch.int32, device=crow.device)
+    crow_t = torch.searchsorted(cols, edges, out_int32=True)
     return crow_t, rows[pos_t].to(id_dtype(crow.numel() - 1)), pos_t.to(torch.int32)
 
 
@@ -81,6 +81,10 @@ class BlockLayout:
         crow, col = compress(mask)
         return cls(shape, block, crow, col, *transpose(crow, col, mask.shape[1]))
 
+    def __reduce__(self):  # type: ignore[no-untyped-def]
+        # torch cannot pickle uint16 storages; the mask says it all.
+        return BlockLayout.from_mask, (self.to_mask(), self.block, self.shape)
+
     @property
     def num_blocks(self) -> int:
         """Number of kept blocks."""
@@ -95,7 +99,7 @@ class BlockLayout:
     def to_mask(self) -> Tensor:
         """The bool block mask `[NB, KB]` again."""
         mask = torch.zeros(grid(self.shape, self.block), dtype=torch.bool, device=self.crow.device)
-        mask[block_rows(self.crow), self.col.long()] = True
+        mask[block_rows(self.crow, self.num_blocks), self.col.long()] = True
         return mask
 
     def update_(self, mask: Tensor) -> BlockLayout:

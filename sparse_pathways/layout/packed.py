@@ -98,6 +98,11 @@ class PackedWeight:
             values, scale = _quantise(values, compress(union)[0])
         return cls(shape, block, values.to(dtype), scale, masks)
 
+    def __reduce__(self):  # type: ignore[no-untyped-def]
+        # torch cannot pickle uint16 storages; the masks say it all.
+        masks = {name: self.mask(name) for name in self.pathways}
+        return PackedWeight, (self.shape, self.block, self.values, self.scale, masks)
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the stored values."""
@@ -131,7 +136,7 @@ class PackedWeight:
         """Bool block mask `[NB, KB]` of one pathway; of the union when the name is left out."""
         mask = torch.zeros(grid(self.shape, self.block), dtype=torch.bool, device=self.device)
         for index in self.indices if pathway is None else (self.index(pathway),):
-            mask[block_rows(index.crow), index.col.long()] = True
+            mask[block_rows(index.crow, index.col.numel()), index.col.long()] = True
         return mask
 
     def density(self, pathway: str | None = None) -> float:
@@ -182,7 +187,7 @@ def _quantise(values: Tensor, crow: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 with one scale per output, taken over the kept values of that output."""
     if not torch.isfinite(values).all():
         raise ValueError("weight has kept values that are NaN or infinite; int8 cannot hold them")
-    rows = block_rows(crow)
+    rows = block_rows(crow, values.shape[0])
     peak = values.abs().float().amax(1)  # [nnz, R]
     largest = torch.zeros(crow.numel() - 1, values.shape[2], device=values.device)
     largest.scatter_reduce_(0, rows[:, None].expand_as(peak), peak, "amax")

@@ -1,0 +1,35 @@
+"""nn.Module shells that hold tensors and call the operators, and the conversion of whole models."""
+
+from sparse_pathways.nn.convert import (
+    density,
+    explain,
+    overlap,
+    pack,
+    pack_,
+    pathway,
+    pathways,
+    set_pathway,
+    sparse_layers,
+    sparsify_,
+    unpack_,
+)
+from sparse_pathways.nn.file import load_packed, save_packed
+from sparse_pathways.nn.linear import PackedLinear, SparseLinear
+
+__all__ = [
+    "PackedLinear",
+    "SparseLinear",
+    "density",
+    "explain",
+    "load_packed",
+    "overlap",
+    "pack",
+    "pack_",
+    "pathway",
+    "pathways",
+    "save_packed",
+    "set_pathway",
+    "sparse_layers",
+    "sparsify_",
+    "unpack_",
+]

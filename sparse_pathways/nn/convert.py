@@ -1,0 +1,221 @@
+"""Whole models: dense to sparse, switch pathways, pack for inference, and look at masks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sparse_pathways.checks import Block, check_block, check_names, grid, unknown_pathway
+from sparse_pathways.layout import PackedWeight
+from sparse_pathways.nn.linear import PackedLinear, SparseLinear
+from sparse_pathways.ops import explain_product
+
+Model = TypeVar("Model", bound=nn.Module)
+Layer = SparseLinear | PackedLinear
+
+
+def _replace(model: nn.Module, choose: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
+    """Swap every module for which `choose` gives another one; a module used in two places stays one module."""
+    done: dict[int, nn.Module | None] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) not in done:
+            done[id(module)] = choose(name, module)
+        new = done[id(module)]
+        if new is None:
+            continue
+        if not name:
+            return new
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    return model
+
+
+def sparse_layers(model: nn.Module) -> dict[str, Layer]:
+    """{name: layer} of the sparse layers of a model, packed or not.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+    if not layers:
+        raise ValueError(f"model ({type(model).__name__}) has no sparse layers; convert it with sparsify_(model) first")
+    return layers
+
+
+def sparsify_(
+    model: Model,
+    block: Block = (8, 1),
+    pathways: Iterable[str] = ("default",),
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> Model:
+    """Swap the linear layers of a model for SparseLinear, in place; parameters stay the same tensors.
+
+    Args:
+        model: any module. A model that is itself one nn.Linear is returned as a new SparseLinear.
+        block: (R, C) of every layer.
+        pathways: names; all masks start with every block kept.
+        filter_fn: `filter_fn(module, name) -> bool` chooses among the nn.Linear layers; default all of them. Subclasses
+            of nn.Linear are left alone: their owners (nn.MultiheadAttention) read `.weight` past the forward.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: nothing was chosen.
+    """
+    block, names = check_block(block), check_names(pathways)
+    swapped: list[str] = []
+
+    def choose(name: str, module: nn.Module) -> nn.Module | None:
+        if type(module) is not nn.Linear or (filter_fn is not None and not filter_fn(module, name)):
+            return None
+        swapped.append(name)
+        return SparseLinear.from_linear(module, block=block, pathways=names)
+
+    model = _replace(model, choose)  # type: ignore[assignment]
+    if not swapped:
+        raise ValueError(
+            f"sparsify_ found no nn.Linear to convert in {type(model).__name__}"
+            + ("; filter_fn accepted none" if filter_fn is not None else "")
+        )
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.linear1, SparseLinear):
+            # Its fused inference path reads linear1.weight directly, which would ignore the mask; 0 switches it off.
+            module.activation_relu_or_gelu = 0
+    return model
+
+
+def pathways(model: nn.Module) -> tuple[str, ...]:
+    """Names of the pathways of a model."""
+    return next(iter(sparse_layers(model).values())).pathways
+
+
+def set_pathway(model: nn.Module, name: str) -> None:
+    """Make `name` the active pathway of every sparse layer; one assignment per layer.
+
+    Raises:
+        KeyError: a layer does not know the name; no layer is switched then.
+    """
+    layers = sparse_layers(model).values()
+    for layer in layers:
+        if name not in layer.pathways:
+            raise unknown_pathway(name, layer.pathways)
+    for layer in layers:
+        layer.active = name
+
+
+@contextmanager
+def pathway(model: nn.Module, name: str) -> Iterator[None]:
+    """`set_pathway` inside a with block; the former pathways return on exit, also after an exception. Nests."""
+    before = [(layer, layer.active) for layer in sparse_layers(model).values()]
+    set_pathway(model, name)
+    try:
+        yield
+    finally:
+        for layer, active in before:
+            layer.active = active
+
+
+def pack_(model: Model, dtype: torch.dtype | None = None) -> Model:
+    """Turn every SparseLinear into a PackedLinear, in place: from here on only kept blocks exist.
+
+    Args:
+        model: with sparse layers.
+        dtype: of the packed values; default each weight's.
+
+    Raises:
+        ValueError: no SparseLinear in the model.
+    """
+
+    def choose(name: str, module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, SparseLinear):
+            return None
+        return PackedLinear(module.pack(dtype), module.bias, module.active).train(module.training)
+
+    if not any(isinstance(layer, SparseLinear) for layer in sparse_layers(model).values()):
+        raise ValueError("model is packed already")
+    return _replace(model, choose)  # type: ignore[return-value]
+
+
+def pack(model: Model, dtype: torch.dtype | None = None) -> Model:
+    """A packed copy; the model itself stays as it is."""
+    return pack_(copy.deepcopy(model), dtype)
+
+
+def unpack_(model: Model) -> Model:
+    """Turn every PackedLinear back into a SparseLinear with the same masks; pruned weights come back as zero."""
+
+    def choose(name: str, module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, PackedLinear):
+            return None
+        packed = module.packed
+        linear = nn.Linear(packed.shape[1], packed.shape[0], module.bias is not None, device="meta")
+        linear.weight = nn.Parameter(packed.unpack())
+        linear.bias = None if module.bias is None else nn.Parameter(module.bias.clone())
+        sparse = SparseLinear.from_linear(linear, block=packed.block, pathways=packed.pathways)
+        for one in packed.pathways:
+            sparse.set_mask_(packed.mask(one), one)
+        sparse.active = module.active
+        return sparse.train(module.training)
+
+    sparse_layers(model)
+    return _replace(model, choose)  # type: ignore[return-value]
+
+
+def _packed_or_mask(layer: Layer, name: str | None) -> Tensor:
+    return layer.packed.mask(name or layer.active) if isinstance(layer, PackedLinear) else layer.mask(name)
+
+
+def density(model: nn.Module, pathway: str | None = None) -> dict[str, float]:
+    """Kept share of blocks, in [0, 1], per layer and over all of them ("total").
+
+    Args:
+        model: with sparse layers, packed or not.
+        pathway: name; default each layer's active one.
+    """
+    kept, blocks = {}, {}
+    for name, layer in sparse_layers(model).items():
+        mask = _packed_or_mask(layer, pathway)
+        kept[name], blocks[name] = int(mask.sum()), mask.numel()
+    shares = {name: kept[name] / blocks[name] for name in kept}
+    return {**shares, "total": sum(kept.values()) / sum(blocks.values())}
+
+
+def overlap(model: nn.Module) -> dict[str, Tensor]:
+    """Intersection over union of the masks of every two pathways.
+
+    Returns:
+        Float64 `[P, P]` per layer and over all layers ("total"), in the order of `pathways(model)`; 1.0 where both
+        masks are empty.
+    """
+    both: dict[str, Tensor] = {}
+    either: dict[str, Tensor] = {}
+    for name, layer in sparse_layers(model).items():
+        flat = torch.stack([_packed_or_mask(layer, one).flatten() for one in layer.pathways]).double()
+        both[name] = flat @ flat.T
+        either[name] = flat.sum(1)[:, None] + flat.sum(1)[None] - both[name]
+    both["total"], either["total"] = sum(both.values()), sum(either.values())  # type: ignore[assignment]
+    return {name: torch.where(either[name] > 0, both[name] / either[name].clamp(min=1), 1.0) for name in both}
+
+
+def explain(layer: Layer | PackedWeight, rows: int) -> str:
+    """One sentence: which backend serves `rows` rows through this layer, and why.
+
+    Args:
+        layer: SparseLinear, PackedLinear or PackedWeight.
+        rows: M, at least 0.
+    """
+    if rows < 0:
+        raise ValueError(f"rows = {rows}; want at least 0")
+    if isinstance(layer, SparseLinear):
+        blocks, columns = grid((layer.out_features, layer.in_features), layer.block)
+        if layer.layout().num_blocks == blocks * columns:
+            return "dense: nothing is pruned in the active pathway, so F.linear is the fastest product"
+        return f"{rows} rows: " + explain_product(layer.weight.device.type, layer.weight.dtype, layer.block)
+    packed = layer.packed if isinstance(layer, PackedLinear) else layer
+    return f"{rows} rows: " + explain_product(packed.device.type, packed.dtype, packed.block)

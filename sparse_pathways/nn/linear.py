@@ -1,0 +1,222 @@
+"""SparseLinear (training: dense weight, one block mask per pathway) and PackedLinear (inference: kept blocks only)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from sparse_pathways.checks import Block, check_block, check_mask, check_names, grid, unknown_pathway
+from sparse_pathways.layout import BlockLayout, PackedWeight
+from sparse_pathways.mask import pack_bits, unpack_bits
+from sparse_pathways.ops import masked_linear, sparse_linear
+
+
+class SparseLinear(nn.Linear):
+    """`nn.Linear` with block masks: one dense `weight`, one mask per pathway, one pathway active at a time.
+
+    Keys are those of nn.Linear plus the buffer `block_mask` (uint8 `[pathways, ceil(NB * KB / 8)]`, one bit per block),
+    so a dense checkpoint loads (masks stay as they are) and `to_linear` goes back.
+
+    Attributes:
+        weight: Parameter `[out_features, in_features]`, dense; pruned values are kept and never read.
+        bias: Parameter `[out_features]` or None.
+        block: (R, C).
+        pathways: names.
+        active: name of the pathway that `forward` uses.
+        dense_grad: True: pruned weights receive a straight-through gradient; see `masked_linear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        block: Block = (8, 1),
+        pathways: Iterable[str] = ("default",),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Like nn.Linear; every mask starts with all blocks kept."""
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._set_up(check_block(block), check_names(pathways))
+
+    def _set_up(self, block: Block, names: tuple[str, ...]) -> None:
+        self.block, self.pathways, self.active, self.dense_grad = block, names, names[0], True
+        self._grid = grid((self.out_features, self.in_features), block)
+        full = torch.ones(len(names), self._grid[0] * self._grid[1], dtype=torch.bool, device=self.weight.device)
+        self.register_buffer("block_mask", pack_bits(full))
+        self._build_layouts()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        mask: Tensor | None = None,
+        block: Block = (8, 1),
+        pathways: Iterable[str] = ("default",),
+    ) -> SparseLinear:
+        """Take over the parameters of `linear` (the same tensors, not copies).
+
+        Args:
+            linear: the dense layer.
+            mask: bool `[NB, KB]` for all pathways; None keeps every block.
+            block: (R, C).
+            pathways: names.
+        """
+        sparse = cls.__new__(cls)
+        nn.Module.__init__(sparse)
+        sparse.in_features, sparse.out_features = linear.in_features, linear.out_features
+        sparse.weight, sparse.bias, sparse.training = linear.weight, linear.bias, linear.training
+        sparse._set_up(check_block(block), check_names(pathways))
+        if mask is not None:
+            sparse.set_mask_(mask)
+        return sparse
+
+    def to_linear(self, pathway: str | None = None) -> nn.Linear:
+        """A plain nn.Linear with the weights of one pathway (the active one by default), zero where pruned."""
+        linear = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        with torch.no_grad():
+            linear.weight.copy_(self.pack(pathways=(pathway or self.active,)).unpack())
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear.train(self.training)
+
+    def _index(self, pathway: str) -> int:
+        if pathway not in self.pathways:
+            raise unknown_pathway(pathway, self.pathways)
+        return self.pathways.index(pathway)
+
+    def mask(self, pathway: str | None = None) -> Tensor:
+        """Bool block mask `[NB, KB]` of one pathway (the active one by default)."""
+        bits = self.block_mask[self._index(pathway or self.active)]
+        return unpack_bits(bits, self._grid[0] * self._grid[1]).view(self._grid)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """{pathway: bool `[NB, KB]`}; fresh tensors, change masks by `set_mask_`."""
+        return {name: self.mask(name) for name in self.pathways}
+
+    def set_mask_(self, mask: Tensor, pathway: str | None = None) -> SparseLinear:
+        """Change the mask of one pathway, or of all of them (None), and re-pack its index lists.
+
+        Args:
+            mask: bool `[NB, KB]`; copied.
+            pathway: name.
+        """
+        check_mask(mask, self.block, (self.out_features, self.in_features))
+        rows = range(len(self.pathways)) if pathway is None else (self._index(pathway),)
+        mask = mask.to(self.block_mask.device)
+        layout = BlockLayout.from_mask(mask, self.block, (self.out_features, self.in_features))
+        bits = pack_bits(mask.flatten())
+        with torch.no_grad():
+            for row in rows:
+                self.block_mask[row] = bits
+                self._layouts[row] = layout
+        self._seen_bits = self.block_mask.clone()
+        return self
+
+    def _build_layouts(self) -> None:
+        shape = (self.out_features, self.in_features)
+        built: dict[bytes, BlockLayout] = {}
+        self._layouts = []
+        for name, bits in zip(self.pathways, self.block_mask, strict=True):
+            key = b"meta" if bits.is_meta else bits.cpu().numpy().tobytes()
+            if key not in built:
+                mask = torch.ones(self._grid, dtype=torch.bool) if bits.is_meta else self.mask(name)
+                built[key] = BlockLayout.from_mask(mask, self.block, shape)
+            self._layouts.append(built[key])
+        self._seen_bits = self.block_mask.clone()
+
+    def layout(self, pathway: str | None = None) -> BlockLayout:
+        """Index lists of one pathway (the active one by default), in step with its mask."""
+        # The buffer can change behind our back: EMA copies, DDP broadcasts, load_state_dict. Bits are few: compare them.
+        if not torch.compiler.is_compiling() and not torch.equal(self._seen_bits, self.block_mask):
+            self._build_layouts()
+        return self._layouts[self._index(pathway or self.active)]
+
+    def pack(self, dtype: torch.dtype | None = None, pathways: Iterable[str] | None = None) -> PackedWeight:
+        """The kept blocks of these pathways (all by default) as a PackedWeight."""
+        names = self.pathways if pathways is None else check_names(pathways)
+        return PackedWeight.pack(self.weight, {name: self.mask(name) for name in names}, self.block, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., in_features]` -> `[..., out_features]` with the active pathway's mask."""
+        return masked_linear(x, self.weight, self.layout(), self.bias, dense_grad=self.dense_grad)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)
+        self._build_layouts()
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
+        if prefix + "block_mask" not in state_dict and prefix + "weight" in state_dict:
+            warnings.warn(
+                "a dense checkpoint is loaded into a sparse model: weights are replaced, masks stay as they are",
+                stacklevel=2,
+            )
+            state_dict = {**state_dict, prefix + "block_mask": self.block_mask}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._build_layouts()
+
+    def extra_repr(self) -> str:
+        """Sizes, block, and the density of each pathway."""
+        shares = ", ".join(
+            f"{name}={layout.density:.3f}" for name, layout in zip(self.pathways, self._layouts, strict=True)
+        )
+        return f"{super().extra_repr()}, block={self.block}, density: {shares}"
+
+
+class PackedLinear(nn.Module):
+    """Inference form of a linear layer: packed blocks of all its pathways, one of them active.
+
+    Attributes:
+        packed: PackedWeight.
+        bias: tensor `[out_features]` or None; not trainable.
+        active: name of the pathway that `forward` uses.
+    """
+
+    def __init__(self, packed: PackedWeight, bias: Tensor | None = None, active: str | None = None) -> None:
+        """Hold `packed` and `bias`; `active` defaults to the first pathway."""
+        super().__init__()
+        self.packed = packed
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+        self.active = active or packed.pathways[0]
+        packed.index(self.active)
+
+    @property
+    def pathways(self) -> tuple[str, ...]:
+        """Names of the pathways."""
+        return self.packed.pathways
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.packed.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.packed.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., in_features]` -> `[..., out_features]` through the active pathway."""
+        return sparse_linear(x, self.packed, self.bias, pathway=self.active)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)
+        self.packed = self.packed._apply(fn)
+        return self
+
+    def extra_repr(self) -> str:
+        """The packed weight and the active pathway."""
+        return f"{self.packed}, bias={self.bias is not None}, active={self.active}"

@@ -1,0 +1,7 @@
+"""The operators: schema, fake, autograd and reference in Python, kernels from C++ and Triton."""
+
+from sparse_pathways.ops.backends import explain_product
+from sparse_pathways.ops.linear import sparse_linear
+from sparse_pathways.ops.masked import masked_linear
+
+__all__ = ["explain_product", "masked_linear", "sparse_linear"]

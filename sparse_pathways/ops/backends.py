@@ -1,0 +1,129 @@
+"""The only table of which kernel serves a product, and the words for it.
+
+Backends: "portable", "avx2", "avx512" (C++, CPU), "triton" (CUDA), "reference" (PyTorch, any device and dtype) and
+"dense" (`F.linear`, taken in training while nothing is pruned). The environment variable SPARSE_PATHWAYS_BACKEND, read
+at the first product, forces one; a product it cannot serve is an error, not a fallback.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sparse_pathways.checks import BackendUnavailable, Block
+from sparse_pathways.ops import library
+
+ISAS = ("portable", "avx2", "avx512")
+NAMES = ("reference", *ISAS, "triton")
+VARIABLE = "SPARSE_PATHWAYS_BACKEND"
+
+_CPU_DTYPES = (torch.float32, torch.float64)
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_forced: str | None = None
+_isa: str | None = None  # the CPU kernels in use; None until the first product, or when they are missing
+_initialised = False
+
+
+def _why_not(name: str, device: str, dtype: torch.dtype, block: Block) -> str | None:
+    """None if backend `name` can serve this product, else the reason why it cannot."""
+    if name == "reference":
+        return None
+    if name in ISAS:
+        if device != "cpu":
+            return f"it runs on the CPU, the tensors are on {device}"
+        if library.MISSING is not None:
+            return f"the CPU kernels are missing: {library.MISSING}"
+        if ISAS.index(name) > torch.ops.sparse_pathways.max_isa():
+            return "this CPU or operating system does not support it"
+        return None if dtype in _CPU_DTYPES else f"it has no {dtype} kernel"
+    if device != "cuda":
+        return f"it runs on CUDA devices, the tensors are on {device}"
+    if not _triton_installed():
+        return "Triton is not installed"
+    if dtype not in _TRITON_DTYPES:
+        return f"it has no {dtype} kernel"
+    tiles = all(size >= 16 and size & (size - 1) == 0 for size in block)
+    return None if tiles else f"it needs block sizes that are powers of two from 16 on, not {block}"
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def force(name: str | None) -> None:
+    """Serve every product by the backend `name` from now on; None returns to the automatic choice.
+
+    Raises:
+        BackendUnavailable: unknown name, or one that this machine cannot run on the CPU.
+    """
+    global _forced, _isa, _initialised
+    if name is not None and name not in NAMES:
+        raise BackendUnavailable(f"backend = {name!r} is not known; choose one of {', '.join(NAMES)}")
+    if library.MISSING is None:
+        if name in ISAS and (reason := _why_not(name, "cpu", torch.float32, (8, 1))):
+            raise BackendUnavailable(f"backend = {name!r}: {reason}")
+        level = ISAS.index(name) if name in ISAS else torch.ops.sparse_pathways.max_isa()
+        torch.ops.sparse_pathways.set_isa(level)
+        _isa = ISAS[level]
+    _forced, _initialised = name, True
+
+
+def initialise() -> None:
+    """Take the environment variable into account; called before the first product."""
+    if not _initialised:
+        force(os.environ.get(VARIABLE) or None)
+
+
+@contextmanager
+def forced(name: str | None) -> Iterator[None]:
+    """`force(name)` inside a with block."""
+    initialise()
+    before = _forced
+    force(name)
+    try:
+        yield
+    finally:
+        force(before)
+
+
+def select(device: str, dtype: torch.dtype, block: Block) -> str:
+    """Name of the backend that serves a block-sparse product.
+
+    Args:
+        device: device type of the tensors, "cpu" or "cuda".
+        dtype: of the stored values.
+        block: (R, C).
+
+    Raises:
+        BackendUnavailable: a backend is forced and cannot serve this product.
+    """
+    if not _initialised:
+        initialise()
+    if _forced is not None:
+        reason = _why_not(_forced, device, dtype, block)
+        if reason is not None:
+            raise BackendUnavailable(f"{VARIABLE} forces {_forced!r}, which cannot serve this product: {reason}")
+        return _forced
+    if device == "cpu" and _isa is not None and dtype in _CPU_DTYPES:
+        return _isa
+    if device == "cuda" and _why_not("triton", device, dtype, block) is None:
+        return "triton"
+    return "reference"
+
+
+def explain_product(device: str, dtype: torch.dtype, block: Block) -> str:
+    """One sentence: which backend serves this product and why."""
+    name = select(device, dtype, block)
+    if _forced is not None:
+        return f"{name}: forced by {VARIABLE} or force()"
+    if name != "reference":
+        return f"{name}: the widest kernel that this {device.upper()} and {dtype} have"
+    fast = "triton" if device == "cuda" else "portable"
+    return f"reference (slow), because of {fast}: {_why_not(fast, device, dtype, block)}"

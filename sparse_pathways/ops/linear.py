@@ -1,0 +1,235 @@
+"""`sparse_pathways::bcsr_linear`: y = x @ W.T + bias with W held as packed blocks, and its transposed product.
+
+Here: schemas, fakes, autograd, PyTorch reference, and the public `sparse_linear`. Kernels: csrc/torch/library_cpu.cpp
+(CPU), kernels/bcsr_linear.py (CUDA, Triton).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_pathways.checks import unknown_pathway
+from sparse_pathways.layout.bcsr import block_rows, transpose
+from sparse_pathways.layout.packed import BlockIndex, PackedWeight
+from sparse_pathways.ops import backends
+
+LINEAR = "sparse_pathways::bcsr_linear"
+LINEAR_DX = "sparse_pathways::bcsr_linear_dx"
+GATHER = "sparse_pathways::bcsr_gather"
+
+torch.library.define(LINEAR, "(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? pos, Tensor? bias, int n) -> Tensor")
+torch.library.define(
+    LINEAR_DX, "(Tensor dy, Tensor values, Tensor crow_t, Tensor row_t, Tensor pos_t, int k) -> Tensor"
+)
+torch.library.define(GATHER, "(Tensor weight, Tensor crow, Tensor col, int r, int c) -> Tensor")
+torch.library.define("sparse_pathways::set_isa", "(int level) -> int")
+torch.library.define("sparse_pathways::isa", "() -> int")
+torch.library.define("sparse_pathways::max_isa", "() -> int")
+
+
+# --- reference ----------------------------------------------------------------------------------------------------
+def _dense(values: Tensor, rows: Tensor, cols: Tensor, blocks: int, columns: int) -> Tensor:
+    """Dense `[NB * R, KB * C]` with `values [nnz, C, R]` at block (rows, cols)."""
+    c, r = values.shape[1:]
+    grid = values.new_zeros(blocks, columns, c, r)
+    grid[rows, cols] = values
+    return grid.permute(0, 3, 1, 2).reshape(blocks * r, columns * c)
+
+
+def reference_linear(
+    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, pos: Tensor | None, bias: Tensor | None, n: int
+) -> Tensor:
+    """What `bcsr_linear` computes, in plain PyTorch: `x [M, K]` -> `[M, n]`."""
+    columns = -(-x.shape[1] // values.shape[1])
+    used = values if pos is None else values[pos]
+    weight = _dense(used, block_rows(crow, col.numel()), col.long(), crow.numel() - 1, columns)
+    return F.linear(x, weight[:n, : x.shape[1]], bias)
+
+
+def _reference_dx(dy: Tensor, values: Tensor, crow_t: Tensor, row_t: Tensor, pos_t: Tensor, k: int) -> Tensor:
+    blocks = -(-dy.shape[1] // values.shape[2])
+    cols = block_rows(crow_t, row_t.numel())
+    weight = _dense(values[pos_t], row_t.long(), cols, blocks, crow_t.numel() - 1)
+    return dy @ weight[: dy.shape[1], :k]
+
+
+def _reference_gather(weight: Tensor, crow: Tensor, col: Tensor, r: int, c: int) -> Tensor:
+    blocks, columns = crow.numel() - 1, -(-weight.shape[1] // c)
+    padded = F.pad(weight, (0, columns * c - weight.shape[1], 0, blocks * r - weight.shape[0]))
+    grid = padded.reshape(blocks, r, columns, c).permute(0, 2, 3, 1)
+    return grid[block_rows(crow, col.numel()), col.long()].contiguous()
+
+
+torch.library.register_kernel(LINEAR, None, reference_linear)
+torch.library.register_kernel(LINEAR_DX, None, _reference_dx)
+torch.library.register_kernel(GATHER, None, _reference_gather)
+
+
+@torch.library.register_kernel(LINEAR, "cuda")
+def _cuda(
+    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, pos: Tensor | None, bias: Tensor | None, n: int
+) -> Tensor:
+    if backends.select("cuda", values.dtype, (values.shape[2], values.shape[1])) == "triton":
+        from sparse_pathways.kernels.bcsr_linear import bcsr_linear  # imports Triton: only where it runs
+
+        return bcsr_linear(x, values, crow, col, pos, bias, n)
+    return reference_linear(x, values, crow, col, pos, bias, n)
+
+
+# --- fakes --------------------------------------------------------------------------------------------------------
+@torch.library.register_fake(LINEAR)
+def _fake_linear(x, values, crow, col, pos, bias, n):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], n)
+
+
+@torch.library.register_fake(LINEAR_DX)
+def _fake_dx(dy, values, crow_t, row_t, pos_t, k):  # type: ignore[no-untyped-def]
+    return dy.new_empty(dy.shape[0], k)
+
+
+@torch.library.register_fake(GATHER)
+def _fake_gather(weight, crow, col, r, c):  # type: ignore[no-untyped-def]
+    return weight.new_empty(col.shape[0], c, r)
+
+
+# --- autograd -----------------------------------------------------------------------------------------------------
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, values, crow, col, pos, bias, _ = inputs
+    ctx.save_for_backward(x, values, crow, col, pos)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+    x, values, crow, col, pos = ctx.saved_tensors
+    dy = dy.contiguous()
+    dx = dvalues = None
+    if ctx.needs_input_grad[0]:
+        crow_t, row_t, pos_t = transpose(crow, col, -(-x.shape[1] // values.shape[1]))
+        into_values = pos_t if pos is None else pos[pos_t]
+        dx = linear_dx(dy, values, crow_t, row_t, into_values, x.shape[1])
+    if ctx.needs_input_grad[1]:
+        dvalues = _reference_gather(dy.T @ x, crow, col, values.shape[2], values.shape[1])
+        if pos is not None:
+            dvalues = torch.zeros_like(values).index_copy(0, pos.long(), dvalues)
+    return dx, dvalues, None, None, None, dy.sum(0) if ctx.has_bias else None, None
+
+
+torch.library.register_autograd(LINEAR, _backward, setup_context=_save)
+
+
+# --- kernel or reference ------------------------------------------------------------------------------------------
+def _use_reference(values: Tensor) -> bool:
+    return backends.select(values.device.type, values.dtype, (values.shape[2], values.shape[1])) == "reference"
+
+
+def linear(
+    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, pos: Tensor | None, bias: Tensor | None, n: int
+) -> Tensor:
+    """`bcsr_linear` by the selected backend: `x [M, K]` contiguous -> `[M, n]`."""
+    if _use_reference(values):
+        return reference_linear(x, values, crow, col, pos, bias, n)
+    return torch.ops.sparse_pathways.bcsr_linear.default(x, values, crow, col, pos, bias, n)
+
+
+def linear_dx(dy: Tensor, values: Tensor, crow_t: Tensor, row_t: Tensor, pos_t: Tensor, k: int) -> Tensor:
+    """The transposed product by the selected backend: `dy [M, N]` contiguous -> `[M, k]`."""
+    if _use_reference(values) or values.is_cuda:
+        return _reference_dx(dy, values, crow_t, row_t, pos_t, k)
+    return torch.ops.sparse_pathways.bcsr_linear_dx.default(dy, values, crow_t, row_t, pos_t, k)
+
+
+def gather(weight: Tensor, crow: Tensor, col: Tensor, r: int, c: int) -> Tensor:
+    """Values `[nnz, c, r]` of the kept blocks of a dense weight, by the selected backend."""
+    if backends.select(weight.device.type, weight.dtype, (r, c)) == "reference" or weight.is_cuda:
+        return _reference_gather(weight, crow, col, r, c)
+    return torch.ops.sparse_pathways.bcsr_gather.default(weight, crow, col, r, c)
+
+
+# --- public -------------------------------------------------------------------------------------------------------
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+
+
+def _product(x: Tensor, packed: PackedWeight, index: BlockIndex, bias: Tensor | None) -> Tensor:
+    """`x [M, K]` contiguous -> `[M, N]` through the backend that serves it."""
+    n, values = packed.shape[0], packed.values
+    if packed.scale is not None:
+        y = reference_linear(x, values.to(x.dtype), *index, None, n) * packed.scale[:n]
+        return y if bias is None else y + bias
+    return linear(x, values, *index, bias, n)
+
+
+def _mixed(x: Tensor, packed: PackedWeight, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """Rows of one batch through different pathways: one product per pathway that occurs."""
+    y = x.new_empty(x.shape[0], packed.shape[0])
+    for number in range(len(packed.pathways)):
+        mine = (rows == number).nonzero().flatten()
+        if mine.numel():
+            y = y.index_copy(0, mine, _product(x[mine], packed, packed.indices[number], bias))
+    return y
+
+
+def _check_rows(rows: Tensor, packed: PackedWeight, count: int) -> Tensor:
+    if rows.dtype != torch.int64 or rows.dim() != 1 or rows.numel() != count:
+        raise ValueError(
+            f"pathway is a tensor {rows.dtype} {tuple(rows.shape)}; want a LongTensor [{count}], one index per row of x"
+        )
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(packed.pathways):
+        raise unknown_pathway(f"index {int(rows.min())}..{int(rows.max())}", map(str, enumerate(packed.pathways)))
+    return rows.to(packed.device)
+
+
+def sparse_linear(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    pathway: str | Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`activation(x @ W.T + bias) + residual`, W packed.
+
+    Args:
+        x: `[..., K]`, any strides, in the dtype of `packed` (float32 for int8); not converted.
+        packed: weight `[N, K]`.
+        bias: `[N]`.
+        pathway: a name, or a LongTensor `[rows]` of indices into `packed.pathways` (mixed-language batch); needed when
+            `packed` has more than one.
+        activation: None, "relu", "gelu", "silu" or "tanh".
+        residual: `[..., N]`, added last.
+
+    Returns:
+        `[..., N]` in the dtype of x.
+
+    Raises:
+        TypeError: wrong dtype. ValueError: wrong shape, device or activation. KeyError: unknown pathway.
+        BackendUnavailable: a forced backend cannot serve this product.
+    """
+    n, k = packed.shape
+    wanted = torch.float32 if packed.scale is not None else packed.values.dtype
+    if x.dtype != wanted:
+        raise TypeError(f"x.dtype = {x.dtype}; packed is {packed.dtype} and takes x in {wanted}")
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x has shape {tuple(x.shape)}; packed {packed.shape} takes [..., {k}]")
+    if x.device != packed.values.device:
+        raise ValueError(f"x is on {x.device}, packed on {packed.values.device}; move one of them")
+    if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != wanted or bias.device != x.device):
+        raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}; want {wanted} ({n},) on {x.device}")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation = {activation!r}; choose one of {', '.join(ACTIVATIONS)} or None")
+    flat = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
+    if isinstance(pathway, Tensor):
+        y = _mixed(flat, packed, _check_rows(pathway, packed, flat.shape[0]), bias)
+    else:
+        y = _product(flat, packed, packed.index(pathway), bias)
+    if x.dim() != 2:
+        y = y.view(*x.shape[:-1], n)
+    if activation is not None:
+        y = ACTIVATIONS[activation](y)
+    if residual is not None:
+        if residual.shape != y.shape or residual.dtype != y.dtype:
+            raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}; want {y.dtype} {tuple(y.shape)}")
+        y = y + residual
+    return y

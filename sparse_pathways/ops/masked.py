@@ -1,0 +1,109 @@
+"""`sparse_pathways::masked_linear`: the training product. The weight stays dense; only kept blocks are read."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_pathways.checks import grid
+from sparse_pathways.layout.bcsr import BlockLayout, block_rows
+from sparse_pathways.mask import expand_mask
+from sparse_pathways.ops.linear import gather, linear, linear_dx
+
+MASKED = "sparse_pathways::masked_linear"
+
+torch.library.define(
+    MASKED,
+    "(Tensor x, Tensor weight, Tensor crow, Tensor col, Tensor crow_t, Tensor row_t, Tensor pos_t, Tensor? bias, "
+    "int r, int c, bool dense_grad) -> Tensor",
+)
+
+
+@torch.library.register_kernel(MASKED, None)
+def _masked(x, weight, crow, col, crow_t, row_t, pos_t, bias, r, c, dense_grad):  # type: ignore[no-untyped-def]
+    values = gather(weight, crow, col, r, c)
+    return linear(x, values, crow, col, None, bias, weight.shape[0])
+
+
+@torch.library.register_fake(MASKED)
+def _fake(x, weight, crow, col, crow_t, row_t, pos_t, bias, r, c, dense_grad):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, weight, crow, col, crow_t, row_t, pos_t, bias, r, c, dense_grad = inputs
+    ctx.save_for_backward(x, weight, crow, col, crow_t, row_t, pos_t)
+    ctx.block, ctx.dense_grad, ctx.has_bias = (r, c), dense_grad, bias is not None
+
+
+def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+    x, weight, crow, col, crow_t, row_t, pos_t = ctx.saved_tensors
+    dy = dy.contiguous()
+    dx = dweight = None
+    if ctx.needs_input_grad[0]:
+        values = gather(weight, crow, col, *ctx.block)
+        dx = linear_dx(dy, values, crow_t, row_t, pos_t, x.shape[1])
+    if ctx.needs_input_grad[1]:
+        dweight = dy.T @ x
+        if not ctx.dense_grad:
+            blocks, columns = grid(weight.shape, ctx.block)
+            rows = block_rows(crow, col.numel())
+            kept = torch.zeros(blocks, columns, dtype=torch.bool, device=dy.device)
+            kept = kept.index_put((rows, col.long()), torch.ones((), dtype=torch.bool, device=dy.device))
+            dweight = torch.where(expand_mask(kept, ctx.block, tuple(weight.shape)), dweight, 0)
+    return dx, dweight, *[None] * 5, dy.sum(0) if ctx.has_bias else None, None, None, None
+
+
+torch.library.register_autograd(MASKED, _backward, setup_context=_save)
+
+
+def masked_linear(
+    x: Tensor, weight: Tensor, layout: BlockLayout, bias: Tensor | None = None, *, dense_grad: bool = False
+) -> Tensor:
+    """`x @ (mask * weight).T + bias` for training; pruned weights are never read, so a NaN there cannot leak.
+
+    Args:
+        x: `[..., K]`, in the dtype of weight.
+        weight: dense Parameter `[N, K]`.
+        layout: of the block mask, on the device of weight.
+        bias: `[N]`.
+        dense_grad: False: the gradient of pruned weights is zero. True: they receive the gradient they would have if
+            they were kept (straight-through), so they go on moving and can come back.
+
+    Returns:
+        `[..., N]`. dX runs over kept blocks only. When nothing is pruned the product is `F.linear`.
+
+    Raises:
+        TypeError, ValueError: dtype, shape or device do not fit.
+
+    Source: dense_grad=True is variant A ("re-admit") of adaptive masking, arXiv 2309.13018 and PARP (2106.05933).
+    """
+    n, k = layout.shape
+    if tuple(weight.shape) != (n, k):
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; layout is of {(n, k)}")
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x has shape {tuple(x.shape)}; weight {(n, k)} takes [..., {k}]")
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+        raise TypeError(f"x.dtype = {x.dtype}, weight.dtype = {weight.dtype}; they must be equal, and the bias too")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; want ({n},)")
+    if not x.device == weight.device == layout.crow.device:
+        raise ValueError(f"x is on {x.device}, weight on {weight.device}, layout on {layout.crow.device}; want one device")
+    blocks, columns = grid(layout.shape, layout.block)
+    if layout.num_blocks == blocks * columns:
+        return F.linear(x, weight, bias)
+    flat = x.reshape(-1, k).contiguous()
+    y = torch.ops.sparse_pathways.masked_linear(
+        flat,
+        weight.contiguous(),
+        layout.crow,
+        layout.col,
+        layout.crow_t,
+        layout.row_t,
+        layout.pos_t,
+        bias,
+        *layout.block,
+        dense_grad,
+    )
+    return y.view(*x.shape[:-1], n)
