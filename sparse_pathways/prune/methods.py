@@ -1,0 +1,194 @@
+"""The pruning methods of the papers: each is one function that fills in a `PruningPlan`.
+
+Common arguments:
+    pathways: names of the pathways to prune (of languages, say); None: all pathways of the model.
+    sparsity: share of blocks removed at the end, per layer, in [0, 1].
+    steps: optimiser steps of the whole run. Given, the sparsity rises from `start` over the first half (cubic), and the
+        masks are fixed after 70 % of the run. None: `sparsity` from the first decision on, masks never fixed.
+    start: sparsity at step 0.
+    schedule, interval, freeze, score, init: as in `PruningPlan`, in place of what follows from `steps`.
+    dense_grad: True: variant A, gradients reach pruned blocks, all blocks compete at every decision. False: variant B,
+        updates stay inside the pathway, only kept blocks compete, the optimiser forgets a block that is given up.
+
+Sections are those of Dynamic ASR Pathways (arXiv 2309.13018); its parent is Learning ASR Pathways (arXiv 2209.05735).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from sparse_pathways.checks import check_names, check_sparsity
+from sparse_pathways.mask import Constant, Cubic, Schedule
+from sparse_pathways.prune.plan import PruningPlan
+from sparse_pathways.prune.scores import Score, as_score
+
+__all__ = ["adaptive", "asr_pathways", "dynamic_asr_pathways", "gradual", "lap"]
+
+
+def gradual(
+    pathways: Iterable[str] | None = None,
+    sparsity: float = 0.7,
+    *,
+    steps: int | None = None,
+    start: float = 0.0,
+    schedule: Schedule | None = None,
+    interval: int | None = None,
+    freeze: int | None = None,
+    score: Score | str = "magnitude",
+    init: str = "magnitude",
+) -> PruningPlan:
+    """Gradual magnitude pruning: one mask that only shrinks, updates stay inside it (variant B).
+
+    Source: arXiv 1710.01878; the fixed-mask baseline beside iterative magnitude pruning.
+    """
+    return PruningPlan(
+        **_timing(sparsity, steps, start, schedule, interval, freeze, decisions=25),
+        **_variant(dense_grad=False),
+        score=as_score(score),
+        masks="shared",
+        pathways=_names(pathways),
+        init=init,
+    )
+
+
+def adaptive(
+    pathways: Iterable[str] | None = None,
+    sparsity: float = 0.7,
+    *,
+    steps: int | None = None,
+    start: float = 0.0,
+    schedule: Schedule | None = None,
+    interval: int | None = None,
+    freeze: int | None = None,
+    score: Score | str = "magnitude",
+    init: str = "magnitude",
+    dense_grad: bool = True,
+) -> PruningPlan:
+    """Adaptive masking, monolingual: the mask is decided again while training, also at constant sparsity.
+
+    Source: Dynamic ASR Pathways, monolingual pruning with adaptive masking. As `gradual`, but every block competes at
+    every decision and pruned blocks keep moving.
+    """
+    return PruningPlan(
+        **_timing(sparsity, steps, start, schedule, interval, freeze, decisions=25),
+        **_variant(dense_grad),
+        score=as_score(score),
+        masks="own",
+        pathways=_names(pathways),
+        init=init,
+    )
+
+
+def lap(
+    pathways: Iterable[str] | None = None,
+    sparsity: float = 0.7,
+    *,
+    steps: int | None = None,
+    start: float = 0.0,
+    schedule: Schedule | None = None,
+    interval: int | None = None,
+    freeze: int | None = None,
+    score: Score | str = "magnitude",
+    init: str = "magnitude",
+    dense_grad: bool = True,
+) -> PruningPlan:
+    """Language-agnostic pruning: one mask for all pathways, decided on the pooled data.
+
+    Source: Learning ASR Pathways and Dynamic ASR Pathways, language-agnostic pruning. As `adaptive`, but one mask is
+    copied to all pathways. With `score="gradient"` the scores of the pathways are summed.
+    """
+    return PruningPlan(
+        **_timing(sparsity, steps, start, schedule, interval, freeze, decisions=25),
+        **_variant(dense_grad),
+        score=as_score(score),
+        masks="shared",
+        pathways=_names(pathways),
+        init=init,
+    )
+
+
+def asr_pathways(pathways: Iterable[str] | None = None, sparsity: float = 0.7) -> PruningPlan:
+    """ASR Pathways: the masks that the model already has, fixed; joint training, each batch updates its own pathway.
+
+    Source: Learning ASR Pathways, multilingual training of pathways. `sparsity` is that of the masks, and is checked:
+    decide or load them first, one run per language or `SparseLinear.set_mask_`.
+    """
+    return PruningPlan(
+        schedule=Constant(sparsity),
+        interval=1,
+        freeze=0,
+        **_variant(dense_grad=False),
+        masks="own",
+        pathways=_names(pathways),
+        init="current",
+    )
+
+
+def dynamic_asr_pathways(
+    pathways: Iterable[str] | None = None,
+    sparsity: float = 0.7,
+    *,
+    steps: int | None = None,
+    start: float = 0.0,
+    schedule: Schedule | None = None,
+    interval: int | None = None,
+    freeze: int | None = None,
+    score: Score | str = "gradient",
+    init: str = "current",
+    dense_grad: bool = True,
+) -> PruningPlan:
+    """Dynamic ASR Pathways: joint training in which each batch also adapts the mask of its own pathway.
+
+    Source: Dynamic ASR Pathways, multilingual training with adaptive masking. As `asr_pathways`, but mask p is decided
+    again every `interval` batches of p. `init="current"` starts from the masks of the model: all ones after
+    `sparsify_`, or those of an earlier `lap` run (`start` = their sparsity). The paper ranks by magnitude; the default
+    here is the pathway's own gradient score, since the magnitude of one shared weight is the same for every pathway.
+    """
+    return PruningPlan(
+        **_timing(sparsity, steps, start, schedule, interval, freeze, decisions=100),
+        **_variant(dense_grad),
+        score=as_score(score),
+        masks="own",
+        pathways=_names(pathways),
+        init=init,
+    )
+
+
+def _names(pathways: Iterable[str] | None) -> tuple[str, ...] | None:
+    return None if pathways is None else check_names(pathways)
+
+
+def _variant(dense_grad: bool) -> dict[str, Any]:
+    """The two readings of the paper: A, pruned blocks keep moving and may return; B, a pathway touches only its own."""
+    if dense_grad:
+        return {"dense_grad": True, "candidates": "all", "moments": "keep"}
+    return {"dense_grad": False, "candidates": "kept", "moments": "reset"}
+
+
+def _timing(
+    sparsity: float,
+    steps: int | None,
+    start: float,
+    schedule: Schedule | None,
+    interval: int | None,
+    freeze: int | None,
+    decisions: int,
+) -> dict[str, Any]:
+    """Schedule, interval and freeze; what is not given follows from `steps`: one decision per `steps / decisions`."""
+    check_sparsity(sparsity)
+    check_sparsity(start, "start")
+    if steps is not None and steps < 2:
+        raise ValueError(f"steps = {steps}; want at least 2 optimiser steps, or None with a schedule of your own")
+    if start and (steps is None or schedule is not None):
+        raise ValueError(f"start = {start} shapes the schedule made from steps; give steps and no schedule")
+    if schedule is None:
+        schedule = Constant(sparsity) if steps is None else Cubic(start, sparsity, 0, steps // 2)
+    elif schedule(sys.maxsize) != sparsity:
+        raise ValueError(f"sparsity = {sparsity}, but {schedule} ends at {schedule(sys.maxsize)}; make them equal")
+    if interval is None:
+        interval = 100 if steps is None else max(1, steps // decisions)
+    if freeze is None and steps is not None:
+        freeze = round(0.7 * steps)
+    return {"schedule": schedule, "interval": interval, "freeze": freeze}

@@ -1,0 +1,177 @@
+"""What a pruning run does, as plain data: a few parts that combine freely."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from sparse_pathways.checks import check_names
+from sparse_pathways.mask import Constant, Cubic, Milestones, Schedule
+from sparse_pathways.prune.scores import Gradient, Magnitude, Score, as_score
+
+CHOICES = {
+    "scope": ("layer",),
+    "candidates": ("all", "kept"),
+    "masks": ("own", "shared"),
+    "moments": ("keep", "reset"),
+    "init": ("current", "dense", "magnitude"),
+}
+KINDS: dict[str, type] = {
+    "constant": Constant,
+    "cubic": Cubic,
+    "milestones": Milestones,
+    "magnitude": Magnitude,
+    "gradient": Gradient,
+}
+KIND_OF = {kind: name for name, kind in KINDS.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningPlan:
+    """How masks are decided while a model trains. The methods of the papers fill one in: `sparse_pathways.methods`.
+
+    Attributes:
+        schedule: sparsity by optimiser step, counted over all pathways: `Constant`, `Cubic` or `Milestones`.
+        interval: a mask is decided again every `interval` optimiser steps; own masks count the steps of their own
+            pathway, a shared mask counts all steps.
+        freeze: optimiser step after which masks are fixed; at that step every mask is decided once more, so that all
+            have the scheduled sparsity. 0: never decided, the initial masks stay. None: never fixed.
+        score: what ranks the blocks: `Magnitude` or `Gradient`, or their names.
+        scope: "layer": every layer has the scheduled sparsity.
+        candidates: "all": pruned blocks compete and may come back. "kept": only what is still kept competes.
+        masks: "own": one mask per pathway. "shared": one mask, copied to all pathways; `Gradient` scores are summed
+            over the pathways.
+        pathways: the pathways governed by this plan; others keep their masks. None: all pathways of the model.
+        dense_grad: True: straight-through, gradients and updates reach pruned blocks too (variant A; the optimiser's
+            momentum and weight decay then act on all weights). False: an update with pathway p leaves every weight
+            outside the mask of p, and the optimiser's moments there, bit-identical (variant B). Gradients of pruned
+            blocks are zero then, so `Gradient` scores cannot bring a block back.
+        moments: optimiser state of weight shape at blocks that enter or leave the union of the layer's masks: "keep"
+            or "reset" to zero.
+        init: masks at the start: "current": those of the model; "dense": all ones; "magnitude": decided at once from
+            the l2 norm of the blocks (or the norm of `score`) at the sparsity of step 0.
+    """
+
+    schedule: Schedule
+    interval: int
+    freeze: int | None = None
+    score: Score = field(default_factory=Magnitude)
+    scope: str = "layer"
+    candidates: str = "all"
+    masks: str = "own"
+    pathways: tuple[str, ...] | None = None
+    dense_grad: bool = True
+    moments: str = "keep"
+    init: str = "current"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, (Constant, Cubic, Milestones)):
+            raise TypeError(
+                f"PruningPlan.schedule is a {type(self.schedule).__name__}; want Constant, Cubic or Milestones, "
+                "for example Constant(0.7)"
+            )
+        object.__setattr__(self, "score", as_score(self.score))
+        if self.pathways is not None:
+            object.__setattr__(self, "pathways", check_names(self.pathways))
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"PruningPlan.{name} = {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if not isinstance(self.dense_grad, bool):
+            raise TypeError(f"PruningPlan.dense_grad = {self.dense_grad!r}; want True (variant A) or False (variant B)")
+        self._check_steps()
+
+    def _check_steps(self) -> None:
+        _check_step_count("interval", self.interval, least=1)
+        if self.freeze is not None:
+            _check_step_count("freeze", self.freeze, least=0)
+            if 0 < self.freeze < self.schedule_end:
+                raise ValueError(
+                    f"PruningPlan.freeze = {self.freeze} is before the schedule ends at step {self.schedule_end}; "
+                    "masks fixed there would miss the final sparsity: raise freeze or end the schedule earlier"
+                )
+        falls = any(later < earlier for earlier, later in zip(self.levels, self.levels[1:], strict=False))
+        if falls and self.candidates == "kept":
+            raise ValueError(
+                f"PruningPlan.schedule = {self.schedule} lowers the sparsity, but candidates = 'kept' never brings a "
+                "block back; want a schedule that rises, or candidates = 'all'"
+            )
+        if self.freeze == 0 and not isinstance(self.schedule, Constant):
+            raise ValueError(
+                f"PruningPlan.schedule = {self.schedule} with freeze = 0: masks that are never decided have one "
+                "sparsity; want Constant(sparsity) or a later freeze"
+            )
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Sparsities that the schedule passes, in order."""
+        match self.schedule:
+            case Constant(sparsity):
+                return (sparsity,)
+            case Cubic(initial, final, _, _):
+                return (initial, final)
+            case Milestones(levels):
+                return tuple(sparsity for _, sparsity in levels)
+
+    @property
+    def schedule_end(self) -> int:
+        """Last optimiser step at which the scheduled sparsity changes."""
+        match self.schedule:
+            case Constant():
+                return 0
+            case Cubic(_, _, _, end):
+                return end
+            case Milestones(levels):
+                return levels[-1][0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form: numbers, strings, lists and dicts only."""
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        for name in ("schedule", "score"):
+            values[name] = {"kind": KIND_OF[type(values[name])], **asdict(values[name])}
+        if isinstance(self.schedule, Milestones):
+            values["schedule"]["levels"] = [list(level) for level in self.schedule.levels]
+        values["pathways"] = None if self.pathways is None else list(self.pathways)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PruningPlan:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: an unknown field or kind, a missing field, or a value the plan refuses.
+        """
+        known = [part.name for part in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"PruningPlan has no field {name!r}; it has {', '.join(known)}")
+        for name in ("schedule", "interval"):
+            if name not in values:
+                raise ValueError(f"PruningPlan.{name} is missing")
+        values = dict(values)
+        for name in ("schedule", "score"):
+            if isinstance(values.get(name), dict):
+                values[name] = _part(name, values[name])
+        return cls(**values)
+
+
+def _part(name: str, values: dict[str, Any]) -> Any:
+    """Schedule or score from its dict; `kind` says which."""
+    values = dict(values)
+    kind = values.pop("kind", None)
+    if kind not in KINDS:
+        raise ValueError(f"PruningPlan.{name}.kind = {kind!r}; choose one of {', '.join(KINDS)}")
+    known = [part.name for part in fields(KINDS[kind])]
+    for part in values:
+        if part not in known:
+            raise ValueError(f"PruningPlan.{name}: {kind} has no field {part!r}; it has {', '.join(known)}")
+    try:
+        return KINDS[kind](**values)
+    except TypeError as error:
+        raise ValueError(f"PruningPlan.{name}: {error}") from error
+
+
+def _check_step_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"PruningPlan.{name} = {value!r}; want a whole number of optimiser steps")
+    if value < least:
+        raise ValueError(f"PruningPlan.{name} = {value}; want at least {least} (optimiser steps)")

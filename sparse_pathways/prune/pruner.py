@@ -1,0 +1,371 @@
+"""The only code that changes masks while a model trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparse_pathways.checks import unknown_pathway
+from sparse_pathways.mask import expand_mask, topk_mask
+from sparse_pathways.nn import SparseLinear
+from sparse_pathways.prune import distributed
+from sparse_pathways.prune.plan import PruningPlan
+from sparse_pathways.prune.scores import Gradient, ScoreMemory, batch_importance, is_finite, magnitude
+from sparse_pathways.prune.update import MaskedUpdate, check_holds, reset_moments, torch_optimizer
+
+Masks = dict[str, Tensor]  # pathway, or layer, to bool tensor
+
+
+@dataclass(frozen=True)
+class PruneEvent:
+    """One decision of masks. Counts are of blocks over all layers and decided masks; a shared mask counts once.
+
+    Attributes:
+        step: optimiser steps so far, over all pathways.
+        pathway: that of the batch just trained.
+        decided: pathways whose masks were decided.
+        sparsity: the scheduled one.
+        density: kept blocks / blocks, after the decision.
+        pruned: blocks kept before and not after.
+        regrown: blocks kept after and not before.
+        iou: intersection over union of the masks before and after; 1.0 = unchanged.
+    """
+
+    step: int
+    pathway: str
+    decided: tuple[str, ...]
+    sparsity: float
+    density: float
+    pruned: int
+    regrown: int
+    iou: float
+
+
+class Pruner:
+    """Decides the block masks of a model's `SparseLinear` layers by a plan, one call per optimiser step.
+
+    With several processes (torch.distributed) all ranks must train the same pathway in a step; that, and the equality
+    of every decision, is checked.
+
+    Args:
+        model: any module that holds `SparseLinear` layers (not wrapped for distributed training). Its initial masks
+            and the layers' `dense_grad` are set here as the plan says: on resume make the Pruner first, then load the
+            model's state.
+        plan: see `PruningPlan`; `sparse_pathways.methods` has those of the papers.
+        optimizer: the one that updates the model; needed for `dense_grad=False` and `moments="reset"`.
+
+    Raises:
+        ValueError: no layer to prune; a pathway of the plan that a layer lacks; masks of the model that do not fit the
+            plan; an optimiser that is missing or does not hold the layers' weights.
+    """
+
+    def __init__(self, model: nn.Module, plan: PruningPlan, optimizer: Any = None) -> None:
+        self.plan = plan
+        self.layers = {
+            name or type(model).__name__: module
+            for name, module in model.named_modules()
+            if isinstance(module, SparseLinear)
+        }
+        if not self.layers:
+            raise ValueError("model holds no SparseLinear; call sparsify_(model, ...) first")
+        self.pathways = self._governed()
+        self.steps = 0
+        self.batches = dict.fromkeys(self.pathways, 0)
+        self._memory = ScoreMemory(plan.score.decay) if isinstance(plan.score, Gradient) else None
+        self._optimizer = self._checked(optimizer)
+        self._update: MaskedUpdate | None = None
+        if self._optimizer is not None and not plan.dense_grad:
+            self._update = MaskedUpdate(self._optimizer, {name: layer.weight for name, layer in self.layers.items()})
+        for layer in self.layers.values():
+            layer.dense_grad = plan.dense_grad
+        self._set_initial_masks()
+        self._check_reachable()
+
+    def _governed(self) -> tuple[str, ...]:
+        first, layer = next(iter(self.layers.items()))
+        names = self.plan.pathways or tuple(layer.pathways)
+        for layer_name, layer in self.layers.items():
+            missing = [name for name in names if name not in layer.pathways]
+            if missing:
+                raise ValueError(
+                    f"PruningPlan.pathways: {layer_name} has no pathway {missing[0]!r}, only "
+                    f"{', '.join(layer.pathways)}; name it in sparsify_, or leave it out of the plan"
+                    + ("" if self.plan.pathways else f" ({first} has it)")
+                )
+        return names
+
+    def _checked(self, optimizer: Any) -> Optimizer | None:
+        if optimizer is None:
+            needs = [
+                f"{name} = {value!r}"
+                for name, value in (("dense_grad", self.plan.dense_grad), ("moments", self.plan.moments))
+                if value in (False, "reset")
+            ]
+            if needs:
+                raise ValueError(f"optimizer is None, but PruningPlan.{needs[0]} acts on it; pass it")
+            return None
+        optimizer = torch_optimizer(optimizer)
+        check_holds(optimizer, {name: layer.weight for name, layer in self.layers.items()})
+        return optimizer
+
+    @torch.no_grad()
+    def _set_initial_masks(self) -> None:
+        if self.plan.init == "current":
+            return
+        sparsity = 0.0 if self.plan.init == "dense" else self.plan.schedule(0)
+        for layer in self.layers.values():
+            mask = topk_mask(magnitude(layer.weight, layer.block, self.plan.score), sparsity)
+            for pathway in self.pathways:
+                layer.set_mask_(mask, pathway)
+
+    def _check_reachable(self) -> None:
+        """Refuse masks that the plan cannot bring, or has promised not to bring, to its sparsity."""
+        target = self.plan.levels[-1]
+        totals = dict.fromkeys(self.pathways, 0)
+        blocks = 0
+        for name, layer in self.layers.items():
+            size = layer.mask().numel()
+            least = round((1.0 - target) * size)
+            blocks += size
+            for pathway in self.pathways:
+                kept = int(layer.mask(pathway).sum())
+                totals[pathway] += kept
+                if self.plan.candidates == "kept" and self.plan.freeze != 0 and kept < least:
+                    raise ValueError(
+                        f"{name}: pathway {pathway!r} keeps {kept} blocks, fewer than the {least} of "
+                        f"sparsity {target}, and candidates = 'kept' brings none back; want init = 'dense'"
+                    )
+        for pathway, kept in totals.items():
+            if self.plan.freeze == 0 and abs(kept - (1.0 - target) * blocks) > len(self.layers):
+                raise ValueError(
+                    f"pathway {pathway!r} has sparsity {1 - kept / blocks:.4f}, PruningPlan.schedule says {target} and "
+                    "freeze = 0 never decides it: set or load the masks before making the Pruner"
+                )
+
+    # --- one optimiser step -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, pathway: str | None = None) -> PruneEvent | None:
+        """Call after `optimizer.step()` and before `zero_grad()`: scores may read gradients.
+
+        Args:
+            pathway: that of the batch just trained; may be left out when the plan governs one pathway only.
+
+        Returns:
+            What was decided, or None when no decision was due.
+
+        Raises:
+            KeyError: pathway not governed by the plan.
+            FloatingPointError: a score is NaN or infinite; names layer and step. The batch is not counted, averages and
+                masks stay as they were.
+            RuntimeError: no layer has a gradient to score by; a pathway without batches must be decided by its
+                gradients; the processes disagree.
+        """
+        pathway = self._trained(pathway)
+        step = self.steps + 1
+        open_masks = self.plan.freeze is None or step <= self.plan.freeze
+        per_pathway = self.plan.masks == "own" or self._memory is not None
+        if distributed.several_processes() and (self._update is not None or (open_masks and per_pathway)):
+            index = self.pathways.index(pathway)
+            distributed.check_same_pathway(index, self.pathways, step, next(iter(self.layers.values())).weight.device)
+        if self._update is not None:
+            self._update.restore(self._dense_masks(pathway))
+        if open_masks and self._memory is not None:
+            self._observe(self._memory, pathway, step)
+        self.steps = step
+        self.batches[pathway] += 1
+        due = self._due(pathway)
+        return self._decide(due, pathway) if due else None
+
+    def _trained(self, pathway: str | None) -> str:
+        if pathway is None:
+            if len(self.pathways) > 1:
+                raise ValueError(f"pathway is None, but there are several: name one of {', '.join(self.pathways)}")
+            return self.pathways[0]
+        if pathway not in self.batches:
+            raise unknown_pathway(pathway, self.pathways)
+        return pathway
+
+    def _dense_masks(self, pathway: str) -> Masks:
+        return {name: _dense(layer.mask(pathway), layer) for name, layer in self.layers.items()}
+
+    def _observe(self, memory: ScoreMemory, pathway: str, step: int) -> None:
+        """Gradient scores of this batch enter the averages, of all layers or of none."""
+        found = {
+            name: batch_importance(layer.weight, layer.weight.grad, layer.block)
+            for name, layer in self.layers.items()
+            if layer.weight.grad is not None
+        }
+        if not found:
+            raise RuntimeError(
+                f"no layer has a gradient at step {step}, and PruningPlan.score = {self.plan.score} reads weight.grad; "
+                "call pruner.step after backward and optimizer.step, before zero_grad"
+            )
+        self._refuse_non_finite(found, step, f"w * g of a batch of pathway {pathway!r}")
+        index = self.pathways.index(pathway)
+        for name, layer in self.layers.items():
+            # A layer that this batch did not use has zero gradient.
+            importance = found[name] if name in found else torch.zeros_like(layer.mask(pathway), dtype=torch.float32)
+            memory.add(name, index, len(self.pathways), importance)
+
+    def _refuse_non_finite(self, scores: Masks, step: int, what: str) -> None:
+        for name, finite in zip(scores, is_finite(list(scores.values())), strict=True):
+            if not finite:
+                raise FloatingPointError(
+                    f"{name}: {what} is NaN or infinite at step {step}; it was not recorded and no mask changed. "
+                    "Lower the learning rate, clip gradients, or skip such batches before optimizer.step"
+                )
+
+    # --- decisions ----------------------------------------------------------------------------------------------------
+
+    def _due(self, pathway: str) -> tuple[str, ...]:
+        """Pathways to decide now."""
+        plan = self.plan
+        if plan.freeze is not None and self.steps > plan.freeze:
+            return ()
+        if self.steps in (plan.freeze, plan.schedule_end):
+            return self.pathways  # every pathway reaches the scheduled sparsity, however few batches it had
+        count = self.steps if plan.masks == "shared" else self.batches[pathway]
+        if count % plan.interval:
+            return ()
+        return self.pathways if plan.masks == "shared" else (pathway,)
+
+    def _scores(self, name: str, decided: tuple[str, ...]) -> Tensor:
+        """Scores `[G, NB, KB]`: one per decided pathway, or one in all for a shared mask."""
+        layer = self.layers[name]
+        if self._memory is None:
+            score = magnitude(layer.weight, layer.block, self.plan.score)
+            return score.expand(1 if self.plan.masks == "shared" else len(decided), *score.shape)
+        averages = [
+            self._memory.average(name, self.pathways.index(pathway), self.batches[pathway])
+            for pathway in decided
+            if self.batches[pathway]
+        ]
+        if self.plan.masks == "shared":
+            return torch.stack(averages).sum(0, keepdim=True)
+        if len(averages) < len(decided):
+            unseen = next(pathway for pathway in decided if not self.batches[pathway])
+            raise RuntimeError(
+                f"pathway {unseen!r} had no batch by step {self.steps}, so its masks cannot be decided by gradient; "
+                "train on it, or leave it out of PruningPlan.pathways"
+            )
+        return torch.stack(averages)
+
+    def _decide(self, decided: tuple[str, ...], pathway: str) -> PruneEvent:
+        sparsity = self.plan.schedule(self.steps)
+        shared = self.plan.masks == "shared"
+        scores = {name: self._scores(name, decided) for name in self.layers}
+        self._refuse_non_finite(scores, self.steps, "the score of a block")
+        before, after = {}, {}
+        for name, layer in self.layers.items():
+            old = torch.stack([layer.mask(each) for each in decided])
+            before[name] = old.any(0, keepdim=True) if shared else old
+            after[name] = self._select(scores[name], before[name], sparsity)
+        if distributed.several_processes():
+            distributed.check_same_masks(after, self.steps)
+        for name in self.layers:
+            self._apply(name, decided, after[name].expand(len(decided), *after[name].shape[1:]))
+        kept, pruned, regrown, both, either, blocks = _counts(before, after)
+        return PruneEvent(
+            step=self.steps,
+            pathway=pathway,
+            decided=decided,
+            sparsity=sparsity,
+            density=kept / blocks,
+            pruned=pruned,
+            regrown=regrown,
+            iou=both / either if either else 1.0,
+        )
+
+    def _select(self, scores: Tensor, current: Tensor, sparsity: float) -> Tensor:
+        """Masks `[G, NB, KB]` from scores and current masks of the same shape."""
+        if self.plan.candidates == "all":
+            return torch.stack([topk_mask(score, sparsity) for score in scores])
+        # Scores are not negative: -1 ranks a pruned block behind every kept one.
+        ranked = torch.where(current, scores, -1.0)
+        return torch.stack([topk_mask(score, sparsity) for score in ranked]) & current
+
+    def _apply(self, name: str, decided: tuple[str, ...], masks: Tensor) -> None:
+        layer = self.layers[name]
+        used = torch.stack(list(layer.masks.values())).any(0)
+        if self.plan.masks == "shared" and decided == layer.pathways:
+            layer.set_mask_(masks[0])  # one re-pack for all pathways
+        else:
+            for pathway, mask in zip(decided, masks, strict=True):
+                layer.set_mask_(mask, pathway)
+        if self.plan.moments == "reset" and self._optimizer is not None:
+            changed = used ^ torch.stack(list(layer.masks.values())).any(0)
+            reset_moments(self._optimizer, layer.weight, _dense(changed, layer))
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs beside the model (masks are in its buffers) and the optimiser; plain data and
+        tensors."""
+        return {
+            "plan": self.plan.to_dict(),
+            "steps": self.steps,
+            "batches": dict(self.batches),
+            "averages": {name: value.clone() for name, value in self._memory.averages.items()} if self._memory else {},
+            "fingerprints": self._fingerprints(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`. Load the model's state first: its masks are checked against the saved ones.
+
+        Raises:
+            ValueError: another plan, other layers, or masks in the model that are not those of the saved run.
+        """
+        here = self.plan.to_dict()
+        for field, value in state["plan"].items():
+            if here.get(field) != value:
+                raise ValueError(
+                    f"PruningPlan.{field} is {here.get(field)!r}, in the saved state {value!r}; make the Pruner with "
+                    "PruningPlan.from_dict(state['plan'])"
+                )
+        found, saved = self._fingerprints(), state["fingerprints"]
+        for name in [*self.layers, *saved]:
+            if name not in saved or name not in found:
+                raise ValueError(f"{name}: a layer of the {'model' if name in found else 'saved state'} only")
+            if found[name] != saved[name]:
+                raise ValueError(
+                    f"{name}: the model's masks are not those of the saved run; make the Pruner, then load the model's "
+                    "state, then the pruner's"
+                )
+        self.steps = int(state["steps"])
+        self.batches = {name: int(state["batches"][name]) for name in self.pathways}
+        if self._memory is not None:
+            self._memory.averages = {
+                name: value.to(self.layers[name].weight.device, copy=True) for name, value in state["averages"].items()
+            }
+
+    def _fingerprints(self) -> dict[str, int]:
+        hashes = [
+            distributed.fingerprint(torch.stack([layer.mask(pathway) for pathway in self.pathways]))
+            for layer in self.layers.values()
+        ]
+        return dict(zip(self.layers, torch.stack(hashes).tolist(), strict=True))
+
+    def detach(self) -> None:
+        """Let the optimiser go: from here on its steps are no longer kept inside the pathways (`dense_grad=False`)."""
+        if self._update is not None:
+            self._update.detach()
+            self._update = None
+
+
+def _dense(mask: Tensor, layer: SparseLinear) -> Tensor:
+    """Block mask to bool `[N, K]`."""
+    return expand_mask(mask, layer.block, (layer.out_features, layer.in_features))
+
+
+def _counts(before: Masks, after: Masks) -> list[int]:
+    """Over all layers: kept after, pruned, regrown, intersection, union, blocks. One transfer."""
+    rows = [
+        torch.stack([new.sum(), (old & ~new).sum(), (new & ~old).sum(), (old & new).sum(), (old | new).sum()])
+        for old, new in ((before[name], after[name]) for name in before)
+    ]
+    return [*torch.stack(rows).sum(0).tolist(), sum(mask.numel() for mask in after.values())]

@@ -1,0 +1,93 @@
+"""What an optimiser step may do to a weight that several pathways share, and what it remembers of changed blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def torch_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimiser inside a wrapper that holds it as `.optimizer` (accelerate), or itself."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; want a torch.optim.Optimizer")
+    return inner
+
+
+def check_holds(optimizer: Optimizer, weights: Mapping[str, Tensor]) -> None:
+    """Refuse an optimiser that does not update a weight that needs a gradient (made before the layers were swapped)."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, weight in weights.items():
+        if weight.requires_grad and id(weight) not in held:
+            raise ValueError(
+                f"optimizer does not hold {name}.weight; make the optimiser from model.parameters() after sparsify_"
+            )
+
+
+def moments(optimizer: Optimizer, weight: Tensor) -> dict[str, Tensor]:
+    """State tensors of the weight's shape, by name: momentum, averages of gradients and their squares, ..."""
+    state = optimizer.state.get(weight, {})
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.shape == weight.shape}
+
+
+def reset_moments(optimizer: Optimizer, weight: Tensor, where: Tensor) -> None:
+    """Zero the moments of `weight` where the bool `[N, K]` is True."""
+    for value in moments(optimizer, weight).values():
+        value.masked_fill_(where, 0.0)
+
+
+class MaskedUpdate:
+    """Undoes, after an optimiser step, what it did outside a mask: gradients alone do not decide that, momentum and
+    weight decay move weights of zero gradient too.
+
+    A hook of the optimiser copies weights and moments before each step; `restore` puts them back. Costs one copy of
+    both in memory.
+    """
+
+    def __init__(self, optimizer: Optimizer, weights: Mapping[str, Tensor]) -> None:
+        self.optimizer = optimizer
+        self.weights = dict(weights)
+        self._before: dict[str, dict[str, Tensor]] | None = None
+        self._hook = optimizer.register_step_pre_hook(self._save)
+
+    @torch.no_grad()
+    def _save(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._before is not None:
+            raise RuntimeError(
+                "optimizer.step() was called twice without pruner.step(pathway) between: the first update would reach "
+                "weights outside the pathway; call pruner.step after every optimizer.step, or pruner.detach() when done"
+            )
+        self._before = {
+            name: {
+                "weight": weight.clone(),
+                **{key: value.clone() for key, value in moments(optimizer, weight).items()},
+            }
+            for name, weight in self.weights.items()
+        }
+
+    @property
+    def pending(self) -> bool:
+        """Whether an optimiser step has been made that `restore` has not seen."""
+        return self._before is not None
+
+    @torch.no_grad()
+    def restore(self, masks: Mapping[str, Tensor]) -> None:
+        """Put weights and moments outside `masks` (layer to bool `[N, K]`) back to what they were before the step."""
+        if self._before is None:
+            return
+        for name, weight in self.weights.items():
+            before, inside = self._before[name], masks[name]
+            weight.copy_(torch.where(inside, weight, before["weight"]))
+            for key, value in moments(self.optimizer, weight).items():
+                # Moments born in this step were zero before it.
+                value.copy_(torch.where(inside, value, before.get(key, torch.zeros_like(value))))
+        self._before = None
+
+    def detach(self) -> None:
+        """Remove the hook."""
+        self._hook.remove()
+        self._before = None
