@@ -1,0 +1,60 @@
+#include "core/isa.h"
+
+#include <atomic>
+
+namespace sp {
+
+extern const KernelTable kernels_portable;
+#ifdef SP_X86
+extern const KernelTable kernels_avx2;
+extern const KernelTable kernels_avx512;
+#endif
+
+namespace {
+
+// __builtin_cpu_supports reads cpuid and, for the AVX families, XCR0: a level that the operating system does not save
+// on a context switch counts as absent.
+int detect() {
+#ifdef SP_X86
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kPortable;
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return wide ? kAvx512 : kAvx2;
+#else
+  return kPortable;
+#endif
+}
+
+std::atomic<int>& level() {
+  static std::atomic<int> value{max_isa()};
+  return value;
+}
+
+}  // namespace
+
+int max_isa() {
+  static const int detected = detect();
+  return detected;
+}
+
+int isa() { return level().load(std::memory_order_relaxed); }
+
+int set_isa(int wanted) {
+  if (wanted < kPortable || wanted > max_isa()) return -1;
+  return level().exchange(wanted, std::memory_order_relaxed);
+}
+
+const KernelTable& kernels() {
+#ifdef SP_X86
+  switch (isa()) {
+    case kAvx512:
+      return kernels_avx512;
+    case kAvx2:
+      return kernels_avx2;
+  }
+#endif
+  return kernels_portable;
+}
+
+}  // namespace sp

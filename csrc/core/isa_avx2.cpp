@@ -1,0 +1,13 @@
+// Kernels compiled for the "avx2" instruction set; its compiler flags are set in CMakeLists.txt.
+#define SP_VECTOR_BYTES 32
+#define SP_SLICE 4  // outputs per pass of a K-major kernel: accumulators, x and a weight fill the vector registers
+
+#include "core/linear-inl.h"
+#include "core/linear_dx-inl.h"
+
+namespace sp {
+
+extern const KernelTable kernels_avx2;
+const KernelTable kernels_avx2 = {"avx2", &linear<float>, &linear_dx<float>};
+
+}  // namespace sp

@@ -1,0 +1,19 @@
+// Kernels compiled for the "portable" instruction set; the baseline of the compiler's target.
+#define SP_VECTOR_BYTES 16
+#define SP_SLICE 4  // outputs per pass of a K-major kernel: accumulators, x and a weight fill the vector registers
+
+#include "core/linear-inl.h"
+#include "core/linear_dx-inl.h"
+
+namespace sp {
+
+extern const KernelTable kernels_portable;
+extern const ProductKernel linear_f64;
+extern const ProductKernel linear_dx_f64;
+const KernelTable kernels_portable = {"portable", &linear<float>, &linear_dx<float>};
+
+// float64 serves gradient checks, not speed: one version for all machines.
+const ProductKernel linear_f64 = &linear<double>;
+const ProductKernel linear_dx_f64 = &linear_dx<double>;
+
+}  // namespace sp

@@ -1,0 +1,301 @@
+// bcsr_linear, forward, CPU.   y[M, N] = x[M, K] @ W[N, K].T + bias[N]
+//
+// W      block rows of R outputs, layout `bcsr`: values [block][C][R], crow [NB + 1] int32, col [entries] uint16/int32,
+//        optionally pos [entries] int32: entry e then uses block pos[e] (several pathways over one set of values)
+// x, y   row-major and contiguous, float or double; bias N or null
+// Maths  operands and accumulators in the type of x; up to four partial sums per output at M = 1, two at 2 <= M <= 8
+// Limits any R, C, M >= 0, N, K; blocks may stick out of the weight. Fast for R % 8 == 0, tuned for 8x1
+// Cost   M = 1: bound by the loads of values (one 32-byte block a cycle from L1). M in 2..8: x packed as [K][4 or 8].
+//        Above: panels of x packed K-major, rows in vector lanes, weights broadcast: bound by the multiply-adds.
+//        Each panel reads all kept blocks once; pruned blocks are never touched
+#pragma once
+
+#include "core/simd-inl.h"
+
+namespace sp {
+namespace {
+
+// The lists of the product with their types; R = 8 and C = 1 are constants to the compiler when k8x1.
+template <typename T, typename Col, bool kIndirect, bool k8x1>
+struct BlockRows {
+  static constexpr bool kEightByOne = k8x1;
+
+  explicit BlockRows(const ProductArgs& args)
+      : values(static_cast<const T*>(args.values)),
+        crow(args.begin),
+        col(static_cast<const Col*>(args.other)),
+        pos(args.pos),
+        bias(static_cast<const T*>(args.bias)),
+        out(args.out),
+        in(args.in),
+        height(args.r),
+        width(args.c) {}
+
+  SP_INLINE int64_t r() const { return k8x1 ? 8 : height; }
+  SP_INLINE int64_t c() const { return k8x1 ? 1 : width; }
+  SP_INLINE const T* block(int64_t e) const { return values + (kIndirect ? pos[e] : e) * (r() * c()); }
+  // First input of entry e.
+  SP_INLINE int64_t input(int64_t e) const { return static_cast<int64_t>(col[e]) * c(); }
+  // Outputs of block row b from r0 on, at most `most`; those past N do not exist.
+  SP_INLINE int64_t live(int64_t b, int64_t r0, int64_t most) const {
+    const int64_t left = out - b * r() - r0;
+    return left < most ? left : most;
+  }
+  // Bias of kS outputs from n0 on, zero past N.
+  template <int kS>
+  SP_INLINE Vec<T, kS> start(int64_t n0) const {
+    T lanes[kS] = {};
+    if (bias != nullptr) {
+      if (n0 + kS <= out) return load<kS>(bias + n0);
+      for (int64_t i = 0; n0 + i < out; ++i) lanes[i] = bias[n0 + i];
+    }
+    return load<kS>(lanes);
+  }
+
+  const T* values;
+  const int32_t* crow;
+  const Col* col;
+  const int32_t* pos;
+  const T* bias;
+  int64_t out, in, height, width;
+};
+
+template <int kS, typename T>
+SP_INLINE void store_outputs(T* y, Vec<T, kS> sum, int64_t live) {
+  if (live >= kS) {
+    store<kS>(y, sum);
+  } else {
+    T lanes[kS];
+    store<kS>(lanes, sum);
+    for (int64_t i = 0; i < live; ++i) y[i] = lanes[i];
+  }
+}
+
+// M = 1, kS outputs of block row b from r0 on. Four chains of additions hide the latency of the multiply-add.
+template <int kS, typename T, typename W>
+SP_INLINE void gemv_slice(const W& w, const T* x, int64_t b, int64_t r0, T* y) {
+  Vec<T, kS> sum[4] = {w.template start<kS>(b * w.r() + r0)};
+  const auto add = [&](int64_t e, Vec<T, kS>& chain) SP_ALWAYS_INLINE {
+    const T* block = w.block(e) + r0;
+    const int64_t first = w.input(e);
+    const int64_t last = first + w.c() < w.in ? first + w.c() : w.in;
+    if (w.c() == 1) {
+      chain += load<kS>(block) * x[first];
+    } else {
+      for (int64_t k = first; k < last; ++k) chain += load<kS>(block + (k - first) * w.r()) * x[k];
+    }
+  };
+  int64_t e = w.crow[b];
+  const int64_t end = w.crow[b + 1];
+  for (; e + 4 <= end; e += 4) {
+    SP_UNROLL for (int q = 0; q < 4; ++q) add(e + q, sum[q]);
+  }
+  for (; e < end; ++e) add(e, sum[0]);
+  store_outputs<kS>(y + b * w.r() + r0, (sum[0] + sum[1]) + (sum[2] + sum[3]), w.live(b, r0, kS));
+}
+
+template <typename T, typename W>
+void gemv(const W& w, const T* x, int64_t b0, int64_t b1, T* y) {
+  for (int64_t b = b0; b < b1; ++b) {
+    int64_t r0 = 0;
+    for (; r0 + 8 <= w.r(); r0 += 8) gemv_slice<8>(w, x, b, r0, y);
+    if constexpr (!W::kEightByOne) {
+      for (; r0 + 4 <= w.r(); r0 += 4) gemv_slice<4>(w, x, b, r0, y);
+      for (; r0 < w.r(); ++r0) gemv_slice<1>(w, x, b, r0, y);
+    }
+  }
+}
+
+// 2 <= M <= 8, R % 8 == 0: eight outputs in the lanes, one accumulator per row of the panel [K][kWidth]; y comes out
+// row-major. Two sets of accumulators at kWidth = 4, where one set alone would wait for the multiply-add.
+template <int kWidth, typename T, typename W>
+void few_rows(const W& w, const T* panel, int64_t rows, int64_t b0, int64_t b1, T* y) {
+  constexpr int kSets = kWidth == 4 ? 2 : 1;
+  for (int64_t b = b0; b < b1; ++b) {
+    for (int64_t r0 = 0; r0 < w.r(); r0 += 8) {
+      Vec<T, 8> sum[kSets][kWidth] = {};
+      const Vec<T, 8> start = w.template start<8>(b * w.r() + r0);
+      SP_UNROLL for (int i = 0; i < kWidth; ++i) sum[0][i] = start;
+      const auto add = [&](int64_t e, Vec<T, 8>* chain) SP_ALWAYS_INLINE {
+        const T* block = w.block(e) + r0;
+        const T* x = panel + w.input(e) * kWidth;
+        for (int64_t j = 0; j < w.c(); ++j) {
+          const Vec<T, 8> weight = load<8>(block + j * w.r());
+          SP_UNROLL for (int i = 0; i < kWidth; ++i) chain[i] += weight * x[j * kWidth + i];
+        }
+      };
+      int64_t e = w.crow[b];
+      const int64_t end = w.crow[b + 1];
+      for (; e + kSets <= end; e += kSets) {
+        SP_UNROLL for (int q = 0; q < kSets; ++q) add(e + q, sum[q]);
+      }
+      for (; e < end; ++e) add(e, sum[0]);
+      const int64_t live = w.live(b, r0, 8);
+      SP_UNROLL for (int i = 0; i < kWidth; ++i) {
+        if (kSets == 2) sum[0][i] += sum[1][i];
+        if (i < rows) store_outputs<8>(y + i * w.out + b * w.r() + r0, sum[0][i], live);
+      }
+    }
+  }
+}
+
+// Rows of a K-major panel in kZ vectors, kS outputs of block row b from r0 on, into tile[kS][kWidth].
+template <int kS, int kZ, typename T, typename W>
+SP_INLINE void panel_slice(const W& w, const T* panel, int64_t b, int64_t r0, T* tile) {
+  constexpr int kL = kLanes<T>, kWidth = kL * kZ;
+  Vec<T, kL> sum[kS][kZ];
+  SP_UNROLL for (int r = 0; r < kS; ++r) {
+    const int64_t n = b * w.r() + r0 + r;
+    const T start = w.bias != nullptr && n < w.out ? w.bias[n] : T(0);
+    SP_UNROLL for (int z = 0; z < kZ; ++z) sum[r][z] = start - Vec<T, kL>{};
+  }
+  const int64_t end = w.crow[b + 1];
+  for (int64_t e = w.crow[b]; e < end; ++e) {
+    const T* block = w.block(e) + r0;
+    const T* x = panel + w.input(e) * kWidth;
+    for (int64_t j = 0; j < w.c(); ++j) {
+      Vec<T, kL> xs[kZ];
+      SP_UNROLL for (int z = 0; z < kZ; ++z) xs[z] = load<kL>(x + j * kWidth + z * kL);
+      SP_UNROLL for (int r = 0; r < kS; ++r) {
+        const T weight = block[j * w.r() + r];
+        SP_UNROLL for (int z = 0; z < kZ; ++z) sum[r][z] += xs[z] * weight;
+      }
+    }
+  }
+  SP_UNROLL for (int r = 0; r < kS; ++r) {
+    SP_UNROLL for (int z = 0; z < kZ; ++z) store<kL>(tile + r * kWidth + z * kL, sum[r][z]);
+  }
+}
+
+template <int kZ, typename T, typename W>
+void panel_rows(const W& w, const T* panel, int64_t rows, int64_t b0, int64_t b1, T* y) {
+  constexpr int kWidth = kLanes<T> * kZ;
+  alignas(64) T tile[8 * kWidth];
+  for (int64_t b = b0; b < b1; ++b) {
+    for (int64_t r0 = 0; r0 < w.r(); r0 += 8) {
+      const int64_t height = w.r() - r0 < 8 ? w.r() - r0 : 8;
+      int64_t r = 0;
+      for (; r + SP_SLICE <= height; r += SP_SLICE) panel_slice<SP_SLICE, kZ>(w, panel, b, r0 + r, tile + r * kWidth);
+      if constexpr (!W::kEightByOne) {
+        for (; r + 4 <= height; r += 4) panel_slice<4, kZ>(w, panel, b, r0 + r, tile + r * kWidth);
+        for (; r < height; ++r) panel_slice<1, kZ>(w, panel, b, r0 + r, tile + r * kWidth);
+      }
+      store_tile<kWidth>(tile, rows, w.live(b, r0, height), y + b * w.r() + r0, w.out);
+    }
+  }
+}
+
+#if defined(__AVX512F__)
+template <int kWidth, typename W>
+void few_rows_permute(const W& w, const float* panel, int64_t rows, int64_t b0, int64_t b1, float* y) {
+  constexpr int kPairs = kWidth / 2;
+  __m512i pick[kPairs];
+  for (int i = 0; i < kPairs; ++i) {
+    pick[i] = _mm512_inserti64x4(_mm512_set1_epi32(2 * i), _mm256_set1_epi32(2 * i + 1), 1);
+  }
+  for (int64_t b = b0; b < b1; ++b) {
+    for (int64_t r0 = 0; r0 < w.r(); r0 += 8) {
+      __m512 sum[2][kPairs];
+      const __m512 start = _mm512_broadcast_f32x8((__m256)w.template start<8>(b * w.r() + r0));
+      SP_UNROLL for (int i = 0; i < kPairs; ++i) sum[0][i] = start, sum[1][i] = _mm512_setzero_ps();
+      const auto add = [&](int64_t e, __m512* chain) SP_ALWAYS_INLINE {
+        const float* block = w.block(e) + r0;
+        const float* x = panel + w.input(e) * kWidth;
+        for (int64_t j = 0; j < w.c(); ++j) {
+          const __m512 weight = _mm512_broadcast_f32x8(_mm256_loadu_ps(block + j * w.r()));
+          const __m512 xs = kWidth == 8 ? _mm512_castps256_ps512(_mm256_loadu_ps(x + j * kWidth))
+                                        : _mm512_castps128_ps512(_mm_loadu_ps(x + j * kWidth));
+          SP_UNROLL for (int i = 0; i < kPairs; ++i) {
+            chain[i] = _mm512_fmadd_ps(weight, _mm512_permutexvar_ps(pick[i], xs), chain[i]);
+          }
+        }
+      };
+      int64_t e = w.crow[b];
+      const int64_t end = w.crow[b + 1];
+      for (; e + 2 <= end; e += 2) {
+        add(e, sum[0]);
+        add(e + 1, sum[1]);
+      }
+      for (; e < end; ++e) add(e, sum[0]);
+      const int64_t live = w.live(b, r0, 8);
+      float* out = y + b * w.r() + r0;
+      SP_UNROLL for (int i = 0; i < kPairs; ++i) {
+        const __m512 both = sum[0][i] + sum[1][i];
+        if (2 * i < rows) store_outputs<8>(out + 2 * i * w.out, (Vec<float, 8>)_mm512_castps512_ps256(both), live);
+        if (2 * i + 1 < rows) {
+          store_outputs<8>(out + (2 * i + 1) * w.out, (Vec<float, 8>)_mm512_extractf32x8_ps(both, 1), live);
+        }
+      }
+    }
+  }
+}
+#endif
+
+template <typename T>
+struct Linear {
+  const ProductArgs& args;
+  int64_t m0, m1, l0, l1;
+  T* scratch;
+
+  template <typename Col, bool kIndirect>
+  void run() const {
+    if (args.r == 8 && args.c == 1) {
+      rows(BlockRows<T, Col, kIndirect, true>(args));
+    } else {
+      rows(BlockRows<T, Col, kIndirect, false>(args));
+    }
+  }
+
+  // Cuts the rows into panels of the widths this instruction set has.
+  template <typename W>
+  void rows(const W& w) const {
+    constexpr int kL = kLanes<T>;
+    const int64_t padded = (args.in + args.c - 1) / args.c * args.c;
+    const bool eights = args.r % 8 == 0;
+    for (int64_t m = m0; m < m1;) {
+      const int64_t left = m1 - m;
+      const T* x = static_cast<const T*>(args.x) + m * args.in;
+      T* y = static_cast<T*>(args.y) + m * args.out;
+      const auto pack = [&](auto width) {
+        constexpr int kWidth = decltype(width)::value;
+        const int64_t taken = left < kWidth ? left : kWidth;
+        pack_panel<kWidth>(x, args.in, taken, args.in, padded, scratch);
+        m += taken;
+        return taken;
+      };
+      if (left == 1) {
+        gemv(w, x, l0, l1, y);
+        m += 1;
+        continue;
+      }
+      if constexpr (sizeof(T) == 4) {
+        if (eights && left <= 8) {
+          if (left <= 4) {
+            few_rows<4>(w, scratch, pack(Width<4>{}), l0, l1, y);
+          } else {
+            few_rows<8>(w, scratch, pack(Width<8>{}), l0, l1, y);
+          }
+          continue;
+        }
+      }
+      if (left > 2 * kL - 8) {
+        panel_rows<2>(w, scratch, pack(Width<2 * kL>{}), l0, l1, y);
+      } else {
+        panel_rows<1>(w, scratch, pack(Width<kL>{}), l0, l1, y);
+      }
+    }
+  }
+
+  template <int kN>
+  struct Width {
+    static constexpr int value = kN;
+  };
+};
+
+template <typename T>
+void linear(const ProductArgs& args, int64_t m0, int64_t m1, int64_t l0, int64_t l1, void* scratch) {
+  with_index_types(args, Linear<T>{args, m0, m1, l0, l1, static_cast<T*>(scratch)});
+}
+
+}  // namespace
+}  // namespace sp

@@ -1,0 +1,153 @@
+#include "core/product.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+namespace sp {
+
+namespace {
+
+// Multiply-adds below which a second thread costs more than it saves: waking torch's pool takes about as long as this
+// much work (20-30 us on one 2.6 GHz core).
+constexpr double kSerialWork = 6e5;
+
+// Cost of one list besides its blocks (loop start, store, transposition), in blocks.
+constexpr int64_t kListCost = 4;
+
+// Grows, never shrinks: panels recur with the same few sizes, and an allocation per call would cost more than a GEMV.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  void* reserve(size_t bytes) {
+    if (bytes > bytes_) {
+      std::free(data_);
+      bytes_ = (bytes + 4095) / 4096 * 4096;
+      data_ = std::aligned_alloc(64, bytes_);
+      if (data_ == nullptr) bytes_ = 0;
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+thread_local Scratch thread_scratch;
+
+// First list of share `index` of `shares`, lists weighted by their number of blocks.
+int64_t split_lists(const ProductArgs& args, int64_t index, int64_t shares) {
+  if (index == 0) return 0;
+  if (index == shares) return args.lists;
+  const int64_t origin = args.begin[0];
+  const int64_t total = args.begin[args.lists] - origin + kListCost * args.lists;
+  const int64_t target = total / shares * index;
+  int64_t low = 0, high = args.lists;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (args.begin[middle] - origin + kListCost * middle < target) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+struct Split {
+  ProductKernel kernel;
+  const ProductArgs* args;
+  size_t scratch;
+  int64_t row_shares;
+  int64_t list_shares;
+  std::atomic<bool> failed{false};
+};
+
+void run_share(void* context, int64_t index) {
+  Split& split = *static_cast<Split*>(context);
+  const ProductArgs& args = *split.args;
+  void* scratch = thread_scratch.reserve(split.scratch);
+  if (scratch == nullptr) {
+    split.failed = true;
+    return;
+  }
+  const int64_t panels = (args.m + kMaxPanel - 1) / kMaxPanel;
+  const int64_t row = index % split.row_shares, list = index / split.row_shares;
+  const int64_t m0 = panels * row / split.row_shares * kMaxPanel;
+  const int64_t m1 = std::min(args.m, panels * (row + 1) / split.row_shares * kMaxPanel);
+  const int64_t l0 = split_lists(args, list, split.list_shares);
+  const int64_t l1 = split_lists(args, list + 1, split.list_shares);
+  if (m0 < m1 && l0 < l1) split.kernel(args, m0, m1, l0, l1, scratch);
+}
+
+template <typename T, typename Col>
+void gather(const T* weight, int64_t n, int64_t k, int64_t r, int64_t c, const int32_t* crow, int64_t rows,
+            const Col* col, T* values) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t height = std::min(r, n - row * r);
+    const T* band = weight + row * r * k;
+    for (int64_t e = crow[row]; e < crow[row + 1]; ++e) {
+      const int64_t first = static_cast<int64_t>(col[e]) * c;
+      const int64_t width = std::min(c, k - first);
+      T* block = values + e * c * r;
+      if (height < r || width < c) std::memset(static_cast<void*>(block), 0, sizeof(T) * c * r);
+      for (int64_t j = 0; j < width; ++j) {
+        for (int64_t i = 0; i < height; ++i) block[j * r + i] = band[i * k + first + j];
+      }
+    }
+  }
+}
+
+}  // namespace
+
+bool run_product(ProductKernel kernel, const ProductArgs& args, size_t element_bytes, const Executor& executor) {
+  if (args.m == 0 || args.out == 0) return true;
+  const double work = static_cast<double>(args.begin[args.lists]) * static_cast<double>(args.r * args.c) *
+                      static_cast<double>(std::max<int64_t>(args.m, 2));
+  const int64_t threads = std::min<int64_t>(executor.threads, 1 + static_cast<int64_t>(work / kSerialWork));
+  const int64_t panels = (args.m + kMaxPanel - 1) / kMaxPanel;
+
+  Split split{};
+  split.kernel = kernel;
+  split.args = &args;
+  split.scratch = scratch_bytes(args, element_bytes);
+  // Whole panels divide evenly: share rows, each panel is then packed once. Otherwise share lists, by blocks.
+  split.row_shares = panels % threads == 0 ? threads : (panels >= 4 * threads ? threads : 1);
+  split.list_shares = threads / split.row_shares;
+  if (threads == 1) {
+    run_share(&split, 0);
+  } else {
+    executor.run(split.row_shares * split.list_shares, run_share, &split);
+  }
+  return !split.failed;
+}
+
+void gather_blocks(const void* weight, int64_t n, int64_t k, int64_t r, int64_t c, const int32_t* crow, int64_t rows,
+                   const void* col, bool narrow, size_t element_bytes, void* values) {
+  const auto typed = [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = static_cast<const T*>(weight);
+    T* to = static_cast<T*>(values);
+    if (narrow) {
+      gather(from, n, k, r, c, crow, rows, static_cast<const uint16_t*>(col), to);
+    } else {
+      gather(from, n, k, r, c, crow, rows, static_cast<const int32_t*>(col), to);
+    }
+  };
+  switch (element_bytes) {
+    case 2:
+      return typed(uint16_t{0});
+    case 4:
+      return typed(uint32_t{0});
+    case 8:
+      return typed(uint64_t{0});
+  }
+}
+
+}  // namespace sp

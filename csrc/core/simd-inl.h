@@ -1,0 +1,164 @@
+// Vectors, transposition and packing, compiled once per instruction set.
+//
+// Written with the vector extensions of GCC and Clang, so that the same source serves x86 and ARM. Everything lives in
+// an anonymous namespace: an inline function or template with external linkage, compiled here for AVX-512, would be a
+// weak symbol that the linker may hand to code running on a machine without it. For the same reason ISA sources include
+// no std header.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "core/types.h"
+
+#if !defined(SP_VECTOR_BYTES)
+#error "SP_VECTOR_BYTES (16, 32 or 64) is defined by the ISA source before it includes this header"
+#endif
+
+#if defined(__clang__)
+#define SP_UNROLL _Pragma("unroll")
+#else
+#define SP_UNROLL _Pragma("GCC unroll 16")
+#endif
+#define SP_ALWAYS_INLINE __attribute__((always_inline))
+#define SP_INLINE inline SP_ALWAYS_INLINE
+
+namespace sp {
+namespace {
+
+template <typename T, int kN>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kN * sizeof(T))));
+  typedef T unaligned __attribute__((vector_size(kN * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+template <typename T, int kN>
+using Vec = typename VecOf<T, kN>::type;
+
+template <typename T>
+constexpr int kLanes = SP_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+template <int kN, typename T>
+SP_INLINE Vec<T, kN> load(const T* from) {
+  return *reinterpret_cast<const typename VecOf<T, kN>::unaligned*>(from);
+}
+
+template <int kN, typename T>
+SP_INLINE void store(T* to, Vec<T, kN> value) {
+  *reinterpret_cast<typename VecOf<T, kN>::unaligned*>(to) = value;
+}
+
+// to[j * to_stride + i] = from[i][j], i and j in 0..3.
+SP_INLINE void transpose4x4(const float* const* from, float* to, int64_t to_stride) {
+  const Vec<float, 4> a = load<4>(from[0]), b = load<4>(from[1]), c = load<4>(from[2]), d = load<4>(from[3]);
+  const Vec<float, 4> ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Vec<float, 4> cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  store<4>(to, __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5));
+  store<4>(to + to_stride, __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7));
+  store<4>(to + 2 * to_stride, __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5));
+  store<4>(to + 3 * to_stride, __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7));
+}
+
+// to[j * to_stride + i] = from[i][j], i and j in 0..7.
+SP_INLINE void transpose8x8(const float* const* from, float* to, int64_t to_stride) {
+#if SP_VECTOR_BYTES >= 32
+  Vec<float, 8> row[8], pair[8], quad[8];
+  SP_UNROLL for (int i = 0; i < 8; ++i) row[i] = load<8>(from[i]);
+  SP_UNROLL for (int i = 0; i < 8; i += 2) {
+    pair[i] = __builtin_shufflevector(row[i], row[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    pair[i + 1] = __builtin_shufflevector(row[i], row[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  SP_UNROLL for (int i = 0; i < 8; i += 4) {
+    quad[i] = __builtin_shufflevector(pair[i], pair[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+    quad[i + 1] = __builtin_shufflevector(pair[i], pair[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    quad[i + 2] = __builtin_shufflevector(pair[i + 1], pair[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
+    quad[i + 3] = __builtin_shufflevector(pair[i + 1], pair[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  SP_UNROLL for (int i = 0; i < 4; ++i) {
+    store<8>(to + i * to_stride, __builtin_shufflevector(quad[i], quad[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
+    store<8>(to + (i + 4) * to_stride, __builtin_shufflevector(quad[i], quad[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+  }
+#else
+  const float* right[8];
+  for (int i = 0; i < 8; ++i) right[i] = from[i] + 4;
+  transpose4x4(from, to, to_stride);
+  transpose4x4(from + 4, to + 4, to_stride);
+  transpose4x4(right, to + 4 * to_stride, to_stride);
+  transpose4x4(right + 4, to + 4 * to_stride + 4, to_stride);
+#endif
+}
+
+// K-major panel: panel[j * kWidth + i] = x[i * stride + j] for i < rows, 0 for the other i < kWidth; j < length. Zero
+// for length <= j < padded. So kernels read whole vectors, whatever M, and whole blocks, whatever K.
+template <int kWidth, typename T>
+void pack_panel(const T* x, int64_t stride, int64_t rows, int64_t length, int64_t padded, T* panel) {
+  int64_t done = 0;
+  if constexpr (sizeof(T) == 4) {
+    constexpr int kTile = kWidth % 8 == 0 ? 8 : 4;
+    static const float zeros[8] = {};
+    done = length / kTile * kTile;
+    for (int64_t i = 0; i < kWidth; i += kTile) {
+      const float* from[kTile];
+      for (int64_t j = 0; j < done; j += kTile) {
+        for (int q = 0; q < kTile; ++q) from[q] = i + q < rows ? x + (i + q) * stride + j : zeros;
+        if constexpr (kTile == 8) {
+          transpose8x8(from, panel + j * kWidth + i, kWidth);
+        } else {
+          transpose4x4(from, panel + j * kWidth + i, kWidth);
+        }
+      }
+    }
+  }
+  for (int64_t j = done; j < length; ++j) {
+    for (int64_t i = 0; i < kWidth; ++i) panel[j * kWidth + i] = i < rows ? x[i * stride + j] : T(0);
+  }
+  memset(panel + length * kWidth, 0, static_cast<size_t>((padded - length) * kWidth) * sizeof(T));
+}
+
+// y[i * stride + r] = tile[r * kWidth + i] for i < rows, r < height <= 8: one group of outputs back to row-major.
+template <int kWidth, typename T>
+SP_INLINE void store_tile(const T* tile, int64_t rows, int64_t height, T* y, int64_t stride) {
+  if constexpr (sizeof(T) == 4 && kWidth % 8 == 0) {
+    if (height == 8) {
+      const float* from[8];
+      for (int64_t i = 0; i < rows; i += 8) {
+        for (int q = 0; q < 8; ++q) from[q] = tile + q * kWidth + i;
+        if (rows - i >= 8) {
+          transpose8x8(from, y + i * stride, stride);
+        } else {
+          float square[64];
+          transpose8x8(from, square, 8);
+          for (int64_t q = 0; q < rows - i; ++q) memcpy(y + (i + q) * stride, square + q * 8, 8 * sizeof(float));
+        }
+      }
+      return;
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t r = 0; r < height; ++r) y[i * stride + r] = tile[r * kWidth + i];
+  }
+}
+
+// Calls body.template run<Col, kIndirect>() with the types of the index lists.
+template <typename Body>
+SP_INLINE void with_index_types(const ProductArgs& args, const Body& body) {
+  if (args.narrow) {
+    if (args.pos != nullptr) {
+      body.template run<uint16_t, true>();
+    } else {
+      body.template run<uint16_t, false>();
+    }
+  } else {
+    if (args.pos != nullptr) {
+      body.template run<int32_t, true>();
+    } else {
+      body.template run<int32_t, false>();
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sp

@@ -1,0 +1,51 @@
+// Plain data passed between the operator layer and the kernels. No torch, no std: this header is compiled into ISA
+// sources.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace sp {
+
+// Arguments of one block-sparse product, forward or with respect to x.
+//
+// A weight [N, K] is cut into blocks of R outputs x C inputs; `values` holds the kept blocks as [block][C][R], R
+// contiguous, zero padded where a block sticks out of the weight. Lists of the forward product run over block rows and
+// name block columns; lists of the dx product run over block columns and name block rows ("transposed order").
+struct ProductArgs {
+  const void* x;         // forward: x [M, in]; dx: dy [M, in]. Row-major, contiguous
+  const void* values;    // [blocks, C, R], dtype of x
+  const int32_t* begin;  // list l holds the entries begin[l] .. begin[l + 1] - 1
+  const void* other;     // per entry the block column (forward) or block row (dx): uint16 or int32
+  const int32_t* pos;    // per entry the index of its block in `values`; null: entry e owns block e
+  const void* bias;      // [out] or null; forward only
+  void* y;               // [M, out], row-major, contiguous, every cell written
+  int64_t m;             // rows of x and y
+  int64_t in;            // length of a row of x
+  int64_t out;           // length of a row of y
+  int64_t r;             // block height R (outputs of the weight)
+  int64_t c;             // block width C (inputs of the weight)
+  int64_t lists;         // number of lists: block rows (forward) or block columns (dx)
+  bool narrow;           // `other` is uint16
+};
+
+// Computes rows [m0, m1) of y for lists [l0, l1). `scratch` is 64-byte aligned and holds at least
+// `scratch_bytes(args)` bytes, private to the call.
+using ProductKernel = void (*)(const ProductArgs& args, int64_t m0, int64_t m1, int64_t l0, int64_t l1, void* scratch);
+
+// The float32 kernels of one instruction set.
+struct KernelTable {
+  const char* name;
+  ProductKernel linear_f32;
+  ProductKernel linear_dx_f32;
+};
+
+// Rows of x packed together at most; the scratch of a kernel holds one such panel, K-major.
+constexpr int64_t kMaxPanel = 32;
+
+inline size_t scratch_bytes(const ProductArgs& args, size_t element_bytes) {
+  const int64_t largest = args.r > args.c ? args.r : args.c;  // the panel is zero padded to whole blocks
+  return static_cast<size_t>(args.in + largest) * kMaxPanel * element_bytes;
+}
+
+}  // namespace sp
