@@ -1,0 +1,31 @@
+"""Shared fixtures: a seeded generator, every backend that this machine can run, uninitialised memory filled with NaN."""
+
+import pytest
+import torch
+
+from sparse_pathways.ops import backends
+
+
+def cpu_backends() -> list[str]:
+    """Names of the backends that can run fp32 on this CPU."""
+    return [name for name in backends.NAMES if backends._why_not(name, "cpu", torch.float32, (8, 1)) is None]
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(20230913)
+
+
+@pytest.fixture(params=cpu_backends())
+def backend(request):
+    """Runs the test once per CPU backend, forced: a silent fallback is an error."""
+    with backends.forced(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned_memory():
+    """An output cell that no kernel writes shows as NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

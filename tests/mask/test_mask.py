@@ -1,0 +1,114 @@
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+import sparse_pathways as sp
+from sparse_pathways.mask import Constant, Cubic, Milestones, iou, pack_bits, unpack_bits
+
+
+def slow_scores(weight, block, norm):
+    """Oracle: one block after the other."""
+    (n, k), (r, c) = weight.shape, block
+    rows = []
+    for i in range(0, n, r):
+        tiles = [weight[i : i + r, j : j + c].double() for j in range(0, k, c)]
+        rows.append([float(t.abs().sum() if norm == "l1" else t.square().sum().sqrt()) for t in tiles])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(16, 5), (17, 7), (3, 2)], ids=str)
+@pytest.mark.parametrize("block", [(8, 1), (4, 4), (16, 16), (3, 5)], ids=str)
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_scores_equal_a_loop_over_blocks(shape, block, norm, rng):
+    weight = torch.randn(shape, generator=rng)
+    torch.testing.assert_close(sp.block_scores(weight, block, norm), slow_scores(weight, block, norm).float())
+
+
+@given(
+    rows=st.integers(1, 9),
+    cols=st.integers(1, 9),
+    sparsity=st.floats(0, 1),
+    levels=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+def test_topk_keeps_the_exact_count_and_the_best_with_ties_to_the_lower_index(rows, cols, sparsity, levels, seed):
+    scores = torch.randint(levels, (rows, cols), generator=torch.Generator().manual_seed(seed)).float()
+    keep = round((1 - sparsity) * rows * cols)
+    order = sorted(range(rows * cols), key=lambda i: (-float(scores.flatten()[i]), i))
+    expected = torch.zeros(rows * cols, dtype=torch.bool)
+    expected[order[:keep]] = True
+    assert torch.equal(sp.topk_mask(scores, sparsity), expected.view(rows, cols))
+
+
+def test_topk_of_infinite_scores_keeps_them():
+    mask = sp.topk_mask(torch.tensor([[1.0, float("inf"), -float("inf"), 2.0]]), 0.5)
+    assert mask.tolist() == [[False, True, False, True]]
+
+
+def test_topk_refuses_nan_and_names_the_block():
+    with pytest.raises(ValueError, match=r"scores\[1, 2\] is NaN"):
+        sp.topk_mask(torch.tensor([[1.0, 2, 3], [4, 5, float("nan")]]), 0.5)
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.01, 70])
+def test_topk_refuses_a_sparsity_that_is_no_share(sparsity):
+    with pytest.raises(ValueError, match="0.7, not 70"):
+        sp.topk_mask(torch.zeros(2, 2), sparsity)
+
+
+def test_expand_mask_covers_edge_blocks():
+    mask = torch.tensor([[True, False], [False, True]])
+    expected = torch.zeros(5, 3, dtype=torch.bool)
+    expected[:4, :2] = True
+    expected[4:, 2:] = True
+    assert torch.equal(sp.expand_mask(mask, (4, 2), (5, 3)), expected)
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_bits_round_trip(flags):
+    flags = torch.tensor(flags, dtype=torch.bool)
+    bits = pack_bits(flags)
+    assert bits.shape == (-(-len(flags) // 8),)
+    assert torch.equal(unpack_bits(bits, len(flags)), flags)
+
+
+def test_iou():
+    first, second = torch.tensor([True, True, False]), torch.tensor([True, False, True])
+    assert iou(first, second) == pytest.approx(1 / 3)
+    assert iou(first & False, first & False) == 1.0
+
+
+def test_cubic_schedule_is_monotone_and_exact_at_its_ends():
+    schedule = Cubic(0.2, 0.9, begin=10, end=50)
+    levels = [schedule(step) for step in range(80)]
+    assert levels[:11] == [0.2] * 11 and levels[50:] == [0.9] * 30
+    assert all(a <= b for a, b in zip(levels, levels[1:], strict=False))
+    assert schedule(30) == pytest.approx(0.9 - 0.7 / 8)
+
+
+def test_other_schedules():
+    assert Constant(0.3)(99) == 0.3
+    stairs = Milestones(((5, 0.2), (10, 0.7)))
+    assert [stairs(step) for step in (0, 4, 5, 9, 10, 99)] == [0.0, 0.0, 0.2, 0.2, 0.7, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Constant(70), "Constant.sparsity = 70"),
+        (lambda: Cubic(0.0, 0.7, begin=50, end=10), "Cubic.begin = 50, end = 10"),
+        (lambda: Milestones(((5, 0.2), (5, 0.7))), "rising steps"),
+        (lambda: Milestones(()), "empty"),
+    ],
+    ids=["constant", "cubic", "steps", "empty"],
+)
+def test_bad_schedules_name_the_field(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("block", [(0, 1), (8, -1)], ids=str)
+def test_bad_blocks_are_refused(block):
+    with pytest.raises(ValueError, match="block = "):
+        sp.block_scores(torch.zeros(8, 8), block)
