@@ -1,0 +1,135 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import sparse_pathways as sp
+
+
+def masked(layer, name):
+    return torch.where(sp.expand_mask(layer.masks[name], layer.block, tuple(layer.weight.shape)), layer.weight, 0)
+
+
+def random_layer(rng, block=(8, 1), names=("en", "fr"), bias=True):
+    layer = sp.SparseLinear(29, 37, bias, block=block, pathways=names)
+    for name in names:
+        layer.set_mask_(torch.rand(layer.masks[name].shape, generator=rng) < 0.4, name)
+    return layer
+
+
+def test_starts_as_the_dense_layer():
+    dense = nn.Linear(29, 37)
+    layer = sp.SparseLinear.from_linear(dense, block=(4, 4), pathways=("en", "fr"))
+    x = torch.randn(5, 29)
+    assert layer.weight is dense.weight and layer.bias is dense.bias
+    assert torch.equal(layer(x), dense(x))
+    assert all(mask.all() for mask in layer.masks.values())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("block", [(8, 1), (4, 4)], ids=str)
+def test_forward_uses_the_active_pathway_and_to_linear_agrees(block, bias, rng):
+    layer, x = random_layer(rng, block, bias=bias), torch.randn(2, 3, 29)
+    for name in ("en", "fr"):
+        layer.active = name
+        expected = nn.functional.linear(x, masked(layer, name), layer.bias)
+        torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(layer.to_linear()(x), expected)
+
+
+def test_state_dict_keys_and_dense_checkpoints(rng):
+    layer = random_layer(rng)
+    assert set(layer.state_dict()) == {"weight", "bias", "block_mask"}
+    assert layer.block_mask.dtype == torch.uint8 and layer.block_mask.shape == (2, -(-5 * 29 // 8))
+    other = sp.SparseLinear(29, 37, pathways=("en", "fr"))
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 29)
+    assert torch.equal(other(x), layer(x))
+    with pytest.warns(UserWarning, match="masks stay as they are"):
+        other.load_state_dict(nn.Linear(29, 37).state_dict())
+    assert torch.equal(other.masks["en"], layer.masks["en"])
+    with pytest.raises(RuntimeError, match="size mismatch for block_mask"):
+        sp.SparseLinear(29, 37).load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_copies_are_independent(clone, rng):
+    layer, x = random_layer(rng), torch.randn(3, 29)
+    before = layer(x)
+    other = clone(layer)
+    assert torch.equal(other(x), before)
+    other.set_mask_(~other.masks["en"], "en")
+    assert torch.equal(layer(x), before) and not torch.equal(other(x), before)
+
+
+def test_torch_save_round_trip(rng):
+    layer, x = random_layer(rng), torch.randn(3, 29)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(x), layer(x))
+
+
+def test_mask_changed_through_the_buffer_is_seen(rng):
+    """EMA and DDP write into the buffer without calling set_mask_."""
+    first, second, x = random_layer(rng), random_layer(rng), torch.randn(3, 29)
+    average = torch.optim.swa_utils.AveragedModel(first, avg_fn=lambda old, new, count: new, use_buffers=True)
+    average.update_parameters(second)
+    average.update_parameters(second)
+    assert torch.equal(average(x), second(x))
+
+
+def test_nan_in_pruned_weights_does_not_reach_output_or_gradients(rng):
+    layer, x = random_layer(rng), torch.randn(3, 29, requires_grad=True)
+    with torch.no_grad():
+        layer.weight[~sp.expand_mask(layer.masks["en"], (8, 1), (37, 29))] = float("nan")
+    y = layer(x)
+    y.sum().backward()
+    for tensor in (y, x.grad, layer.weight.grad, layer.bias.grad):
+        assert torch.isfinite(tensor).all()
+    assert torch.isfinite(sp.PackedLinear(layer.pack())(x)).all()
+
+
+def test_meta_device_and_moves(rng):
+    layer = sp.SparseLinear(29, 37, device="meta").to_empty(device="cpu")
+    source = random_layer(rng, names=("default",))
+    layer.load_state_dict(source.state_dict())
+    x = torch.randn(3, 29)
+    assert torch.equal(layer(x), source(x))
+    assert layer.double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda s: s.set_mask_(torch.ones(5, 29, dtype=torch.bool), "de"), KeyError, "choose one of en, fr"),
+        (lambda s: s.set_mask_(torch.ones(5, 28, dtype=torch.bool)), ValueError, r"needs the grid \(5, 29\)"),
+        (lambda s: s(torch.zeros(3, 28)), ValueError, "x has shape"),
+        (lambda s: s(torch.zeros(3, 29).double()), TypeError, "x.dtype"),
+        (lambda s: sp.SparseLinear(4, 8, pathways="en"), TypeError, "want a sequence of names"),
+        (lambda s: sp.SparseLinear(4, 8, pathways=("en", "en")), ValueError, "must be distinct"),
+        (lambda s: sp.SparseLinear(4, 8, block=(0, 1)), ValueError, "block = "),
+    ],
+    ids=["name", "grid", "shape", "dtype", "string", "twice", "block"],
+)
+def test_bad_arguments(call, error, message, rng):
+    with pytest.raises(error, match=message):
+        call(random_layer(rng))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_torch_compile_without_graph_breaks(training, rng):
+    layer = random_layer(rng)
+    model = layer if training else sp.PackedLinear(layer.pack(), layer.bias)
+    x = torch.randn(3, 29, requires_grad=training)
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    if training:
+        (ours,) = torch.autograd.grad(compiled(x).square().sum(), x)
+        (eager,) = torch.autograd.grad(model(x).square().sum(), x)
+        torch.testing.assert_close(ours, eager)
