@@ -1,0 +1,23 @@
+"""`sparse-pathways prune`: masks for a trained recogniser, by one of the methods in `sp.methods`."""
+
+from sparse_pathways.cli.parsing import add_config_options, make_parser
+
+
+def main(words: list[str]) -> int:
+    """Run `sparse-pathways prune` with the words after it."""
+    from sparse_pathways.asr.config import PruneConfig
+
+    parser = make_parser(
+        "prune",
+        "Prune a trained recogniser while training it on: one mask for all languages (lap), or one pathway per\n"
+        "language that keeps adapting (dynamic_asr_pathways). Resumes like `train`.",
+        "sparse-pathways prune --data runs/data --start runs/dense --out runs/lap70 --method lap --sparsity 0.7\n"
+        "sparse-pathways prune --data runs/data --start runs/dense --out runs/dynamic90 --sparsity 0.9\n"
+        "sparse-pathways prune --config prune.yaml --steps 3000",
+    )
+    add_config_options(parser, PruneConfig)
+    config = parser.config(PruneConfig, parser.parse_args(words))
+    from sparse_pathways.asr.train import prune
+
+    print(f"pruned: {prune(config)}")
+    return 0

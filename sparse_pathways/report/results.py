@@ -1,0 +1,130 @@
+"""`results.json`: what `sparse-pathways evaluate` measured, read by every table and picture."""
+
+import datetime
+import json
+import math
+import subprocess
+from pathlib import Path
+from typing import Any, TypedDict
+
+import sparse_pathways as sp
+
+VERSION = 1
+
+
+class Speed(TypedDict):
+    """Time of one layer with one number of rows."""
+
+    layer: str
+    outputs: int
+    inputs: int
+    density: float
+    rows: int
+    linear_us: float
+    prepacked_us: float | None
+    packed_us: float
+    backend: str
+
+
+class ModelResult(TypedDict):
+    """One model: errors by language, and what its form on disk and in memory costs."""
+
+    name: str
+    kind: str
+    """"dense", "shared" (one mask for all languages) or "pathways" (masks differ)."""
+    languages: dict[str, dict[str, Any]]
+    """Language -> wer, errors, words, deletions, utterances."""
+    wer: float
+    """Mean over languages."""
+    density: dict[str, float]
+    """Language -> kept share of the blocks in prunable layers; 1.0 for a dense model."""
+    layer_density: dict[str, dict[str, float]]
+    """Layer -> language -> kept share; empty for a dense model."""
+    overlap: list[list[float]]
+    """Intersection over union of the languages' masks, all layers together; empty for a dense model."""
+    layer_overlap: dict[str, float]
+    """Layer -> mean intersection over union of two languages."""
+    bytes: int
+    """Of the dense fp32 parameters, or of the packed file."""
+    agreement: float | None
+    """Share of utterances on which masked dense and packed model give the same text."""
+    latency: dict[str, Any]
+    """Form ("dense", "dense prepacked", "masked", "packed") -> median, p10, p90; ms per second of audio."""
+    profile: dict[str, Any] | None
+    """Operators of packed decoding."""
+
+
+def origin() -> dict[str, Any]:
+    """Where figures come from: time, machine, versions, commit of the source tree (None outside of one)."""
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "env": sp.env(),
+    }
+
+
+def _commit() -> str | None:
+    folder = Path(__file__).resolve().parent
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None  # installed from a wheel, or no git: the version in `env` says what ran
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write results as indented JSON; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    text = json.dumps({"version": VERSION, **results}, indent=1, ensure_ascii=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read what `write_results` wrote.
+
+    Raises:
+        sp.FormatError: missing, not JSON, of another version, or without models.
+    """
+    if not path.is_file():
+        raise sp.FormatError(path, "no such file; measure first with `sparse-pathways evaluate`")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise sp.FormatError(path, f"not JSON: {error}") from error
+    if not isinstance(results, dict) or results.get("version") != VERSION or not results.get("models"):
+        raise sp.FormatError(path, f"not the results of `sparse-pathways evaluate` (version {VERSION}, with models)")
+    return results
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read a run's log.jsonl.
+
+    Raises:
+        sp.FormatError: a line that is not a JSON object, with its number.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise sp.FormatError(path, f"line {number}: {error}") from error
+        if not isinstance(record, dict):
+            raise sp.FormatError(path, f"line {number}: want a JSON object")
+        records.append(record)
+    return records
+
+
+def best_dense(model: ModelResult) -> tuple[str, float] | None:
+    """Fastest dense form of a model and its milliseconds per second of audio; None if it was not timed."""
+    forms = {form: spread["median"] for form, spread in model["latency"].items() if form.startswith("dense")}
+    return min(forms.items(), key=lambda item: item[1]) if forms else None
+
+
+def fastest(model: ModelResult) -> float:
+    """Milliseconds per second of audio in the form one would deploy: packed, or the faster dense one."""
+    if "packed" in model["latency"]:
+        return model["latency"]["packed"]["median"]
+    dense = best_dense(model)
+    return math.nan if dense is None else dense[1]
