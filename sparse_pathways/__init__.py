@@ -22,6 +22,7 @@ from sparse_pathways.nn import (
     unpack_,
 )
 from sparse_pathways.ops import masked_linear, sparse_linear
+from sparse_pathways.prune import PruneEvent, Pruner, PruningPlan, methods
 
 __all__ = [
     "BackendUnavailable",
@@ -29,6 +30,9 @@ __all__ = [
     "FormatError",
     "PackedLinear",
     "PackedWeight",
+    "PruneEvent",
+    "Pruner",
+    "PruningPlan",
     "SparseLinear",
     "block_scores",
     "density",
@@ -37,6 +41,7 @@ __all__ = [
     "explain",
     "load_packed",
     "masked_linear",
+    "methods",
     "overlap",
     "pack",
     "pack_",
