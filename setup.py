@@ -39,7 +39,9 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         if cmake is None:
-            raise SystemExit("sparse-pathways: there is a C++ compiler but no CMake. `pip install cmake ninja` and retry.")
+            raise SystemExit(
+                "sparse-pathways: there is a C++ compiler but no CMake. `pip install cmake ninja` and retry."
+            )
         configure = [
             cmake,
             "-S",

@@ -107,7 +107,9 @@ void gemv(const W& w, const T* x, int64_t b0, int64_t b1, T* y) {
 }
 
 // 2 <= M <= 8, R % 8 == 0: eight outputs in the lanes, one accumulator per row of the panel [K][kWidth]; y comes out
-// row-major. Two sets of accumulators at kWidth = 4, where one set alone would wait for the multiply-add.
+// row-major. Two sets of accumulators at kWidth = 4, where one set alone would wait for the multiply-add. (In AVX-512,
+// x expanded by in-register permutes to two rows a vector took 1.2 times as long on a Zen 4: 13.6 us for 11.2 at
+// 512x512.)
 template <int kWidth, typename T, typename W>
 void few_rows(const W& w, const T* panel, int64_t rows, int64_t b0, int64_t b1, T* y) {
   constexpr int kSets = kWidth == 4 ? 2 : 1;
@@ -184,52 +186,6 @@ void panel_rows(const W& w, const T* panel, int64_t rows, int64_t b0, int64_t b1
     }
   }
 }
-
-#if defined(__AVX512F__)
-template <int kWidth, typename W>
-void few_rows_permute(const W& w, const float* panel, int64_t rows, int64_t b0, int64_t b1, float* y) {
-  constexpr int kPairs = kWidth / 2;
-  __m512i pick[kPairs];
-  for (int i = 0; i < kPairs; ++i) {
-    pick[i] = _mm512_inserti64x4(_mm512_set1_epi32(2 * i), _mm256_set1_epi32(2 * i + 1), 1);
-  }
-  for (int64_t b = b0; b < b1; ++b) {
-    for (int64_t r0 = 0; r0 < w.r(); r0 += 8) {
-      __m512 sum[2][kPairs];
-      const __m512 start = _mm512_broadcast_f32x8((__m256)w.template start<8>(b * w.r() + r0));
-      SP_UNROLL for (int i = 0; i < kPairs; ++i) sum[0][i] = start, sum[1][i] = _mm512_setzero_ps();
-      const auto add = [&](int64_t e, __m512* chain) SP_ALWAYS_INLINE {
-        const float* block = w.block(e) + r0;
-        const float* x = panel + w.input(e) * kWidth;
-        for (int64_t j = 0; j < w.c(); ++j) {
-          const __m512 weight = _mm512_broadcast_f32x8(_mm256_loadu_ps(block + j * w.r()));
-          const __m512 xs = kWidth == 8 ? _mm512_castps256_ps512(_mm256_loadu_ps(x + j * kWidth))
-                                        : _mm512_castps128_ps512(_mm_loadu_ps(x + j * kWidth));
-          SP_UNROLL for (int i = 0; i < kPairs; ++i) {
-            chain[i] = _mm512_fmadd_ps(weight, _mm512_permutexvar_ps(pick[i], xs), chain[i]);
-          }
-        }
-      };
-      int64_t e = w.crow[b];
-      const int64_t end = w.crow[b + 1];
-      for (; e + 2 <= end; e += 2) {
-        add(e, sum[0]);
-        add(e + 1, sum[1]);
-      }
-      for (; e < end; ++e) add(e, sum[0]);
-      const int64_t live = w.live(b, r0, 8);
-      float* out = y + b * w.r() + r0;
-      SP_UNROLL for (int i = 0; i < kPairs; ++i) {
-        const __m512 both = sum[0][i] + sum[1][i];
-        if (2 * i < rows) store_outputs<8>(out + 2 * i * w.out, (Vec<float, 8>)_mm512_castps512_ps256(both), live);
-        if (2 * i + 1 < rows) {
-          store_outputs<8>(out + (2 * i + 1) * w.out, (Vec<float, 8>)_mm512_extractf32x8_ps(both, 1), live);
-        }
-      }
-    }
-  }
-}
-#endif
 
 template <typename T>
 struct Linear {
