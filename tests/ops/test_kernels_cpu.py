@@ -18,19 +18,8 @@ if MISSING is not None:
 
 OPS = torch.ops.sparse_pathways
 LEVELS = range(OPS.max_isa() + 1)
-ROWS = (
-    0,
-    1,
-    2,
-    3,
-    5,
-    8,
-    9,
-    16,
-    17,
-    33,
-    64,
-)  # every path and its edges: M=1, 2-4, 5-8, one panel, several, a short last
+# Every path and its edges: M = 1, 2 to 4, 5 to 8, one panel, several, a short last one.
+ROWS = (0, 1, 2, 3, 5, 8, 9, 16, 17, 33, 64)
 BLOCKS = ((8, 1), (16, 1), (8, 4), (4, 4), (1, 1), (3, 5), (16, 16))
 SHAPES = ((40, 32), (37, 53))  # N, K: whole blocks of 8x1; ragged in both directions for every block but 1x1
 
