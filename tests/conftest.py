@@ -1,4 +1,4 @@
-"""Shared fixtures: a seeded generator, every backend that this machine can run, uninitialised memory filled with NaN."""
+"""Shared fixtures: a seeded generator, every backend of this machine, uninitialised memory filled with NaN."""
 
 import pytest
 import torch

@@ -103,7 +103,7 @@ class BlockLayout:
         return mask
 
     def update_(self, mask: Tensor) -> BlockLayout:
-        """Re-pack in place for a changed mask; lists of unchanged length keep their memory (captured graphs see them)."""
+        """Re-pack in place for a changed mask; lists of unchanged length keep their memory (captured graphs)."""
         fresh = self.from_mask(mask.to(self.crow.device), self.block, self.shape)
         for name in ("crow", "col", "crow_t", "row_t", "pos_t"):
             old, new = getattr(self, name), getattr(fresh, name)

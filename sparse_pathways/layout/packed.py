@@ -45,7 +45,9 @@ class PackedWeight:
         indices: one BlockIndex per pathway.
     """
 
-    def __init__(self, shape: tuple[int, int], block: Block, values: Tensor, scale: Tensor | None, masks: dict[str, Tensor]):
+    def __init__(
+        self, shape: tuple[int, int], block: Block, values: Tensor, scale: Tensor | None, masks: dict[str, Tensor]
+    ):
         """Index `values` (the union's blocks in row order) by `masks`, {name: bool `[NB, KB]`}."""
         self.shape, self.block, self.values, self.scale = shape, block, values, scale
         self.pathways = tuple(masks)
@@ -169,7 +171,10 @@ class PackedWeight:
         moved.shape, moved.block, moved.pathways = self.shape, self.block, self.pathways
         moved.values = convert(self.values)
         moved.scale = None if self.scale is None else convert(self.scale)
-        moved.indices = tuple(BlockIndex(*(None if t is None else convert(t) for t in index)) for index in self.indices)
+        moved.indices = tuple(
+            BlockIndex(convert(crow), convert(col), None if pos is None else convert(pos))
+            for crow, col, pos in self.indices
+        )
         return moved
 
     def to(self, device: torch.device | str) -> PackedWeight:

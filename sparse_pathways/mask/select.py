@@ -14,8 +14,8 @@ def topk_mask(scores: Tensor, sparsity: float) -> Tensor:
         sparsity: share of blocks removed, in [0, 1].
 
     Returns:
-        Bool `[NB, KB]` on the device of `scores` with exactly `round((1 - sparsity) * NB * KB)` kept blocks; among equal
-        scores the lower flat index is kept.
+        Bool `[NB, KB]` on the device of `scores` with exactly `round((1 - sparsity) * NB * KB)` kept blocks; among
+        equal scores the lower flat index is kept.
 
     Raises:
         ValueError: sparsity outside [0, 1], or a NaN score (names the first block).
@@ -24,7 +24,9 @@ def topk_mask(scores: Tensor, sparsity: float) -> Tensor:
     flat = check_matrix("scores", scores).detach().flatten()
     if torch.isnan(flat).any():
         first = int(torch.isnan(flat).nonzero()[0])
-        raise ValueError(f"scores[{first // scores.shape[1]}, {first % scores.shape[1]}] is NaN; blocks cannot be ranked")
+        raise ValueError(
+            f"scores[{first // scores.shape[1]}, {first % scores.shape[1]}] is NaN; blocks cannot be ranked"
+        )
     keep = round((1.0 - sparsity) * flat.numel())
     if keep == 0 or keep == flat.numel():
         return torch.full_like(scores, keep > 0, dtype=torch.bool)

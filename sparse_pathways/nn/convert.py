@@ -156,7 +156,8 @@ def unpack_(model: Model) -> Model:
         packed = module.packed
         linear = nn.Linear(packed.shape[1], packed.shape[0], module.bias is not None, device="meta")
         linear.weight = nn.Parameter(packed.unpack())
-        linear.bias = None if module.bias is None else nn.Parameter(module.bias.clone())
+        if module.bias is not None:
+            linear.bias = nn.Parameter(module.bias.clone())
         sparse = SparseLinear.from_linear(linear, block=packed.block, pathways=packed.pathways)
         for one in packed.pathways:
             sparse.set_mask_(packed.mask(one), one)

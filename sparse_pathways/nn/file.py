@@ -41,12 +41,12 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the model has no packed layers, or still has a SparseLinear.
     """
     layers = sparse_layers(model)
-    if open_layers := [name for name, layer in layers.items() if not isinstance(layer, PackedLinear)]:
-        raise ValueError(f"layer {open_layers[0]} is not packed; call pack_(model) or pack(model) first")
     tensors = {key: value for key, value in model.state_dict().items()}
     described = {}
     for name, layer in layers.items():
-        packed = layer.packed  # type: ignore[union-attr]
+        if not isinstance(layer, PackedLinear):
+            raise ValueError(f"layer {name} is not packed; call pack_(model) or pack(model) first")
+        packed = layer.packed
         prefix = f"{name}." if name else ""
         masks = torch.stack([packed.mask(one).flatten() for one in packed.pathways])
         stored = {"values": packed.values, "block_mask": pack_bits(masks), "scale": packed.scale, "bias": layer.bias}
@@ -116,7 +116,8 @@ def _build(path: str | os.PathLike[str], config: Any) -> nn.Module:
     found = importlib.metadata.entry_points(group=ENTRY_POINTS, name=config["architecture"])
     if not found:
         raise FormatError(
-            path, f"architecture {config['architecture']!r} is not installed; pass the model: load_packed(path, model=...)"
+            path,
+            f"architecture {config['architecture']!r} is not installed; pass the model: load_packed(path, model=...)",
         )
     try:
         return next(iter(found)).load()(config)
@@ -160,8 +161,9 @@ def load_packed(
             raise FormatError(path, f"does not fit the model: it has no linear layer {name!r}")
         if (there.out_features, there.in_features) != layer.packed.shape:
             raise FormatError(
-                path, f"does not fit the model: layer {name} is {(there.out_features, there.in_features)}, "
-                f"in the file {layer.packed.shape}"
+                path,
+                f"does not fit the model: layer {name} is {(there.out_features, there.in_features)}, "
+                f"in the file {layer.packed.shape}",
             )
     left = [n for n, m in present.items() if isinstance(m, SparseLinear | PackedLinear) and n not in layers]
     if left:

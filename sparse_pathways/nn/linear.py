@@ -14,6 +14,11 @@ from sparse_pathways.mask import pack_bits, unpack_bits
 from sparse_pathways.ops import masked_linear, sparse_linear
 
 
+def _version(tensor: Tensor) -> int:
+    """Counts in-place writes to a tensor; inference tensors do not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 class SparseLinear(nn.Linear):
     """`nn.Linear` with block masks: one dense `weight`, one mask per pathway, one pathway active at a time.
 
@@ -28,6 +33,9 @@ class SparseLinear(nn.Linear):
         active: name of the pathway that `forward` uses.
         dense_grad: True: pruned weights receive a straight-through gradient; see `masked_linear`.
     """
+
+    block_mask: Tensor
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -122,7 +130,7 @@ class SparseLinear(nn.Linear):
             for row in rows:
                 self.block_mask[row] = bits
                 self._layouts[row] = layout
-        self._seen_bits = self.block_mask.clone()
+        self._seen_bits, self._seen_version = self.block_mask.clone(), _version(self.block_mask)
         return self
 
     def _build_layouts(self) -> None:
@@ -135,13 +143,16 @@ class SparseLinear(nn.Linear):
                 mask = torch.ones(self._grid, dtype=torch.bool) if bits.is_meta else self.mask(name)
                 built[key] = BlockLayout.from_mask(mask, self.block, shape)
             self._layouts.append(built[key])
-        self._seen_bits = self.block_mask.clone()
+        self._seen_bits, self._seen_version = self.block_mask.clone(), _version(self.block_mask)
 
     def layout(self, pathway: str | None = None) -> BlockLayout:
         """Index lists of one pathway (the active one by default), in step with its mask."""
-        # The buffer can change behind our back: EMA copies, DDP broadcasts, load_state_dict. Bits are few: compare them.
-        if not torch.compiler.is_compiling() and not torch.equal(self._seen_bits, self.block_mask):
-            self._build_layouts()
+        # The buffer can change behind our back: EMA copies into it, DDP broadcasts it before every forward.
+        if not torch.compiler.is_compiling() and self._seen_version != _version(self.block_mask):
+            if torch.equal(self._seen_bits, self.block_mask):
+                self._seen_version = _version(self.block_mask)
+            else:
+                self._build_layouts()
         return self._layouts[self._index(pathway or self.active)]
 
     def pack(self, dtype: torch.dtype | None = None, pathways: Iterable[str] | None = None) -> PackedWeight:
@@ -184,6 +195,9 @@ class PackedLinear(nn.Module):
         bias: tensor `[out_features]` or None; not trainable.
         active: name of the pathway that `forward` uses.
     """
+
+    packed: PackedWeight
+    bias: Tensor | None
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None = None, active: str | None = None) -> None:
         """Hold `packed` and `bias`; `active` defaults to the first pathway."""

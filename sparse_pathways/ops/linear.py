@@ -6,6 +6,8 @@ Here: schemas, fakes, autograd, PyTorch reference, and the public `sparse_linear
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +21,9 @@ LINEAR = "sparse_pathways::bcsr_linear"
 LINEAR_DX = "sparse_pathways::bcsr_linear_dx"
 GATHER = "sparse_pathways::bcsr_gather"
 
-torch.library.define(LINEAR, "(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? pos, Tensor? bias, int n) -> Tensor")
+torch.library.define(
+    LINEAR, "(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? pos, Tensor? bias, int n) -> Tensor"
+)
 torch.library.define(
     LINEAR_DX, "(Tensor dy, Tensor values, Tensor crow_t, Tensor row_t, Tensor pos_t, int k) -> Tensor"
 )
@@ -156,7 +160,12 @@ def gather(weight: Tensor, crow: Tensor, col: Tensor, r: int, c: int) -> Tensor:
 
 
 # --- public -------------------------------------------------------------------------------------------------------
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
 
 def _product(x: Tensor, packed: PackedWeight, index: BlockIndex, bias: Tensor | None) -> Tensor:
@@ -224,7 +233,9 @@ def sparse_linear(
     if x.device != packed.values.device:
         raise ValueError(f"x is on {x.device}, packed on {packed.values.device}; move one of them")
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != wanted or bias.device != x.device):
-        raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}; want {wanted} ({n},) on {x.device}")
+        raise ValueError(
+            f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}; want {wanted} ({n},) on {x.device}"
+        )
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation = {activation!r}; choose one of {', '.join(ACTIVATIONS)} or None")
     flat = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()

@@ -89,7 +89,9 @@ def masked_linear(
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; want ({n},)")
     if not x.device == weight.device == layout.crow.device:
-        raise ValueError(f"x is on {x.device}, weight on {weight.device}, layout on {layout.crow.device}; want one device")
+        raise ValueError(
+            f"x is on {x.device}, weight on {weight.device}, layout on {layout.crow.device}; want one device"
+        )
     blocks, columns = grid(layout.shape, layout.block)
     if layout.num_blocks == blocks * columns:
         return F.linear(x, weight, bias)

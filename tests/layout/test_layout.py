@@ -34,7 +34,9 @@ def test_index_lists_equal_a_loop(shape, block, rng):
 
 
 def test_ids_are_16_bit_where_they_fit():
-    assert sp.BlockLayout.from_mask(torch.ones(1, 65536, dtype=torch.bool), (8, 1), (8, 65536)).col.dtype == torch.uint16
+    assert (
+        sp.BlockLayout.from_mask(torch.ones(1, 65536, dtype=torch.bool), (8, 1), (8, 65536)).col.dtype == torch.uint16
+    )
     wide = sp.BlockLayout.from_mask(torch.ones(1, 65537, dtype=torch.bool), (8, 1), (8, 65537))
     assert wide.col.dtype == torch.int32 and int(wide.col[-1]) == 65536
 
@@ -106,7 +108,7 @@ def test_packing_refuses_what_it_cannot_hold():
         sp.PackedWeight.pack(torch.full((8, 4), float("nan")), mask, dtype=torch.int8)
     with pytest.raises(TypeError, match="float weight"):
         sp.PackedWeight.pack(torch.zeros(8, 4, dtype=torch.int32), mask)
-    with pytest.raises(TypeError, match="dtype = torch.int32"):
+    with pytest.raises(TypeError, match="dtype = torch"):
         sp.PackedWeight.pack(torch.zeros(8, 4), mask, dtype=torch.int32)
     with pytest.raises(KeyError, match="pathway = 'de' is not known; choose one of default"):
         sp.PackedWeight.pack(torch.zeros(8, 4), mask).index("de")

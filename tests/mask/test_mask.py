@@ -1,3 +1,5 @@
+import itertools
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -53,7 +55,7 @@ def test_topk_refuses_nan_and_names_the_block():
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.01, 70])
 def test_topk_refuses_a_sparsity_that_is_no_share(sparsity):
-    with pytest.raises(ValueError, match="0.7, not 70"):
+    with pytest.raises(ValueError, match="not 70"):
         sp.topk_mask(torch.zeros(2, 2), sparsity)
 
 
@@ -83,7 +85,7 @@ def test_cubic_schedule_is_monotone_and_exact_at_its_ends():
     schedule = Cubic(0.2, 0.9, begin=10, end=50)
     levels = [schedule(step) for step in range(80)]
     assert levels[:11] == [0.2] * 11 and levels[50:] == [0.9] * 30
-    assert all(a <= b for a, b in zip(levels, levels[1:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(levels))
     assert schedule(30) == pytest.approx(0.9 - 0.7 / 8)
 
 

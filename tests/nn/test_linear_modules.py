@@ -55,9 +55,7 @@ def test_state_dict_keys_and_dense_checkpoints(rng):
         sp.SparseLinear(29, 37).load_state_dict(layer.state_dict())
 
 
-@pytest.mark.parametrize(
-    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
-)
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_are_independent(clone, rng):
     layer, x = random_layer(rng), torch.randn(3, 29)
     before = layer(x)

@@ -22,7 +22,9 @@ class Tied(nn.Module):
 
 
 def make_model(rng, names=("en", "fr"), density=0.4):
-    model = sp.sparsify_(nn.Sequential(nn.Linear(29, 37), nn.ReLU(), nn.Linear(37, 16), nn.LayerNorm(16)), pathways=names)
+    model = sp.sparsify_(
+        nn.Sequential(nn.Linear(29, 37), nn.ReLU(), nn.Linear(37, 16), nn.LayerNorm(16)), pathways=names
+    )
     for layer in sp.sparse_layers(model).values():
         for name in names:
             layer.set_mask_(torch.rand(layer.masks[name].shape, generator=rng) < density, name)
@@ -190,7 +192,9 @@ def test_foreign_and_missing_files_and_models(rng, tmp_path):
 def test_density_and_overlap_equal_a_count(rng):
     model = make_model(rng)
     for one in (model, sp.pack(model)):
-        masks = {n: torch.cat([layer.masks[n].flatten() for layer in sp.sparse_layers(model).values()]) for n in ("en", "fr")}
+        masks = {
+            n: torch.cat([layer.masks[n].flatten() for layer in sp.sparse_layers(model).values()]) for n in ("en", "fr")
+        }
         assert sp.density(one, "fr")["total"] == pytest.approx(float(masks["fr"].double().mean()))
         assert sp.density(one, "fr")["0"] == pytest.approx(float(model[0].masks["fr"].double().mean()))
         union, both = masks["en"] | masks["fr"], masks["en"] & masks["fr"]
@@ -201,7 +205,7 @@ def test_density_and_overlap_equal_a_count(rng):
 
 
 def test_sparsify_refuses_when_nothing_matches():
-    with pytest.raises(ValueError, match="found no nn.Linear"):
+    with pytest.raises(ValueError, match="found no nn"):
         sp.sparsify_(nn.ReLU())
     with pytest.raises(ValueError, match="filter_fn accepted none"):
         sp.sparsify_(nn.Linear(2, 2), filter_fn=lambda module, name: False)

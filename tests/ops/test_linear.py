@@ -128,7 +128,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[next(iter(c[0])) + str(i) for i, c in enumerate(BAD)])
+@pytest.mark.parametrize(
+    ("change", "error", "message"), BAD, ids=[next(iter(c[0])) + str(i) for i, c in enumerate(BAD)]
+)
 def test_bad_arguments_are_named(change, error, message):
     mask = torch.ones(5, 31, dtype=torch.bool)
     arguments = dict(x=torch.zeros(2, 31), bias=None, pathway="en") | change

@@ -1,0 +1,53 @@
+# Every target makes the environment it needs. `make` alone lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SP := $(BIN)/sparse-pathways
+CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+setup: $(VENV)/.ready  ## the environment alone, in .venv: pinned torch, the package (editable), its kernels, all tools
+
+# torch first: the kernels are compiled against the torch that will load them, so the build is not isolated.
+$(VENV)/.torch: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check torch==2.14.1 "setuptools>=77" "cmake>=3.22" "ninja>=1.11" wheel
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(CPP)
+	$(BIN)/pip install --disable-pip-version-check --no-build-isolation -e ".[asr,dev]"
+	touch $@
+
+demo: setup  ## the whole path on synthetic speech: corpus, dense model, pruning, packing, table, report (under 20 minutes)
+	PATH="$(CURDIR)/$(BIN):$$PATH" ./examples/demo.sh runs/demo
+
+test: setup  ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: setup  ## without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: setup  ## dense against sparse, side by side
+	$(BIN)/python -m pytest benchmarks -c benchmarks/pytest.ini
+
+lint: setup  ## ruff, clang-format, mypy
+	$(BIN)/ruff check --output-format concise .
+	$(BIN)/ruff format --check .
+	$(if $(CPP),$(BIN)/clang-format --dry-run --Werror $(CPP))
+	$(BIN)/mypy
+
+format: setup  ## rewrite sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+wheel: setup  ## build a wheel into dist/
+	$(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
+
+clean:  ## remove build products and the environment; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info sparse_pathways/*.so
+
+.PHONY: help setup demo test test-fast bench lint format wheel clean
+.DEFAULT_GOAL := help
