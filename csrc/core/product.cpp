@@ -86,19 +86,27 @@ void run_share(void* context, int64_t index) {
   if (m0 < m1 && l0 < l1) split.kernel(args, m0, m1, l0, l1, scratch);
 }
 
-template <typename T, typename Col>
-void gather(const T* weight, int64_t n, int64_t k, int64_t r, int64_t c, const int32_t* crow, int64_t rows,
+// R and C are 8 and 1 if kEightByOne: then a block is eight loads and two vector stores to the compiler.
+template <bool kEightByOne, typename T, typename Col>
+void gather(const T* weight, int64_t n, int64_t k, int64_t height, int64_t width, const int32_t* crow, int64_t rows,
             const Col* col, T* values) {
+  const int64_t r = kEightByOne ? 8 : height, c = kEightByOne ? 1 : width;
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t height = std::min(r, n - row * r);
+    const int64_t live = std::min(r, n - row * r);
     const T* band = weight + row * r * k;
     for (int64_t e = crow[row]; e < crow[row + 1]; ++e) {
       const int64_t first = static_cast<int64_t>(col[e]) * c;
-      const int64_t width = std::min(c, k - first);
       T* block = values + e * c * r;
-      if (height < r || width < c) std::memset(static_cast<void*>(block), 0, sizeof(T) * c * r);
-      for (int64_t j = 0; j < width; ++j) {
-        for (int64_t i = 0; i < height; ++i) block[j * r + i] = band[i * k + first + j];
+      if (kEightByOne && live == 8) {
+        T column[8];
+        for (int i = 0; i < 8; ++i) column[i] = band[i * k + first];
+        std::memcpy(block, column, sizeof column);
+        continue;
+      }
+      const int64_t across = std::min(c, k - first);
+      if (live < r || across < c) std::memset(static_cast<void*>(block), 0, sizeof(T) * c * r);
+      for (int64_t j = 0; j < across; ++j) {
+        for (int64_t i = 0; i < live; ++i) block[j * r + i] = band[i * k + first + j];
       }
     }
   }
@@ -134,11 +142,14 @@ void gather_blocks(const void* weight, int64_t n, int64_t k, int64_t r, int64_t 
     using T = decltype(zero);
     const T* from = static_cast<const T*>(weight);
     T* to = static_cast<T*>(values);
-    if (narrow) {
-      gather(from, n, k, r, c, crow, rows, static_cast<const uint16_t*>(col), to);
-    } else {
-      gather(from, n, k, r, c, crow, rows, static_cast<const int32_t*>(col), to);
-    }
+    const auto blocks = [&](const auto* ids) {
+      if (r == 8 && c == 1) {
+        gather<true>(from, n, k, r, c, crow, rows, ids, to);
+      } else {
+        gather<false>(from, n, k, r, c, crow, rows, ids, to);
+      }
+    };
+    narrow ? blocks(static_cast<const uint16_t*>(col)) : blocks(static_cast<const int32_t*>(col));
   };
   switch (element_bytes) {
     case 2:
