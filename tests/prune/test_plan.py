@@ -9,6 +9,7 @@ from sparse_pathways.prune import Gradient, Magnitude, PruningPlan, methods
 PLANS = {
     "constant": PruningPlan(schedule=Constant(0.7), interval=10),
     "milestones": PruningPlan(schedule=Milestones(((0, 0.2), (100, 0.5), (200, 0.7))), interval=7, freeze=300),
+    "freeze-at-the-end": PruningPlan(schedule=Cubic(0.0, 0.7, 0, 100), interval=7, freeze=100),
     "norm": PruningPlan(schedule=Constant(0.7), interval=10, score=Magnitude("l1"), init="magnitude"),
     "gradual": methods.gradual(sparsity=0.9, steps=1000),
     "adaptive": methods.adaptive(("it",), 0.7, schedule=Milestones(((0, 0.5), (50, 0.7))), interval=10, freeze=80),

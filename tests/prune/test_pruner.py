@@ -244,6 +244,43 @@ def test_variant_a_moves_pruned_weights():
     assert (model[0].weight.detach() != before)[outside].all()
 
 
+@pytest.mark.parametrize("sharing", ["own", "shared"])
+def test_only_kept_blocks_compete(sharing):
+    model = make_model()
+    fixed_masks(model, 0.4)  # sparser than the schedule at first, and another mask per pathway
+    optimizer = adamw(model)
+    plan = prune.PruningPlan(
+        schedule=Cubic(0.0, 0.6, 0, 20), interval=1, freeze=20, masks=sharing, candidates="kept", dense_grad=False
+    )
+    pruner = prune.Pruner(model, plan, optimizer)
+    allowed = {name: [layer.mask(name) for layer in layers_of(model).values()] for name in LANGUAGES}
+    if sharing == "shared":
+        union = [a | b for a, b in zip(*allowed.values(), strict=True)]
+        allowed = {"en": union, "fr": union}
+
+    def check(step, name, event):
+        assert event.regrown == 0
+        for language in LANGUAGES:
+            for layer, mask in zip(layers_of(model).values(), allowed[language], strict=True):
+                assert not (layer.mask(language) & ~mask).any()
+                if sharing == "shared" and step == 1:
+                    assert torch.equal(layer.mask(language), mask)  # the schedule has nothing to take yet
+
+    train(model, pruner, optimizer, turns(20), after=check)
+    assert kept(model, "en") == kept(model, "fr") == target(model, 0.6)
+
+
+@pytest.mark.parametrize("dense_grad", [True, False])
+def test_the_plan_says_whether_pruned_blocks_have_gradients(dense_grad):
+    model = make_model()
+    fixed_masks(model)
+    optimizer = adamw(model)
+    plan = prune.PruningPlan(schedule=Constant(0.5), interval=1, freeze=0, dense_grad=dense_grad)
+    train(model, prune.Pruner(model, plan, optimizer), optimizer, ["en"])
+    outside = ~sp.expand_mask(model[2].mask("en"), model[2].block, tuple(model[2].weight.shape))
+    assert bool(model[2].weight.grad[outside].any()) is dense_grad
+
+
 @pytest.mark.parametrize("moments", ["keep", "reset"])
 def test_moments_of_blocks_that_no_pathway_keeps_any_more(moments):
     model = make_model()
