@@ -152,7 +152,7 @@ def bytes_on_the_stack(cubin: bytes, folder: Path) -> int:
 
 @pytest.mark.parametrize("capability", TENSOR_CORE, ids="sm_{}".format)
 @pytest.mark.parametrize("dtype", kernel.DTYPES, ids=str)
-@pytest.mark.parametrize("block", [(16, 16), (64, 64), (16, 32)], ids=block_ids)
+@pytest.mark.parametrize("block", [(16, 16), (64, 64), (256, 32)], ids=block_ids)
 @pytest.mark.parametrize("m", [1, 4096], ids="M{}".format)
 def test_compiles_to_tensor_core_code_without_spills(capability, dtype, block, m, tmp_path):
     binary = compiled(capability, dtype, block, m, pos=m == 1)
