@@ -8,7 +8,7 @@ from sparse_pathways.cli.parsing import make_parser
 def main(words: list[str]) -> int:
     """Run `sparse-pathways bench` with the words after it."""
     parser = make_parser(
-        "bench",
+        "bench MODEL",
         "Time the layers of a packed model on this machine: packed product, F.linear, oneDNN with prepacked weights.\n"
         "One pinned thread, contenders taking turns, medians. Speed-up is against the faster dense one.",
         "sparse-pathways bench model.safetensors\nsparse-pathways bench model.safetensors --language fr --rows 1 64",

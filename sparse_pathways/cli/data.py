@@ -28,7 +28,7 @@ def _synthetic(words: list[str]) -> int:
     from sparse_pathways.asr.config import CorpusConfig
 
     parser = make_parser(
-        "data synthetic",
+        "data synthetic --out OUT",
         "Speak a corpus with espeak-ng: sentences in English, French, Italian and Dutch, several voices, rates,\n"
         "pitches and noise. Sentences and voices of the test split are kept out of training.",
         "sparse-pathways data synthetic --out runs/data\n"
@@ -45,7 +45,7 @@ def _synthetic(words: list[str]) -> int:
 
 def _asterisk(words: list[str]) -> int:
     parser = make_parser(
-        "data asterisk",
+        "data asterisk --out OUT",
         "Import the prompts of Debian's asterisk-core-sounds-{en,fr,it} packages, with their transcripts: human\n"
         "voices at 8 kHz, as an extra test set. The packages must be installed (or unpacked) first.",
         "apt-get install asterisk-core-sounds-en asterisk-core-sounds-en-wav\n"
@@ -61,7 +61,7 @@ def _asterisk(words: list[str]) -> int:
 
 def _mls(words: list[str]) -> int:
     parser = make_parser(
-        "data mls",
+        "data mls ROOT --out OUT",
         "Import Multilingual LibriSpeech: ROOT holds mls_english, mls_french, … as published. Audio stays where it is.",
         "sparse-pathways data mls /data/mls --languages en fr it nl --out runs/mls",
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def main(words: list[str]) -> int:
     """Run `sparse-pathways evaluate` with the words after it."""
     parser = make_parser(
-        "evaluate",
+        "evaluate NAME=PATH... --data DATA --out OUT",
         "Compare recognisers on one split of a corpus: word error rates by language (pruned models decode through the\n"
         "packed product), agreement of masked and packed transcripts, streaming latency on one pinned thread,\n"
         "operator profile, time by layer. Prints one table and writes everything to a JSON file.",

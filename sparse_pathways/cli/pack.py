@@ -8,7 +8,7 @@ from sparse_pathways.cli.parsing import make_parser
 def main(words: list[str]) -> int:
     """Run `sparse-pathways pack` with the words after it."""
     parser = make_parser(
-        "pack",
+        "pack RUN --out OUT",
         "Write a pruned recogniser as a packed model file (safetensors): only the blocks that some pathway keeps, one\n"
         "bit mask per pathway, tokenizer and sizes included. The file is all that `transcribe` needs.",
         "sparse-pathways pack runs/dynamic70 --out model.safetensors",

@@ -34,17 +34,17 @@ class Parser(jsonargparse.ArgumentParser):
         return config_class(**{field.name: values[field.name] for field in fields(config_class)})  # type: ignore[arg-type]
 
 
-def make_parser(name: str, summary: str, example: str) -> Parser:
-    """Begin the parser of `sparse-pathways NAME`.
+def make_parser(usage: str, summary: str, example: str) -> Parser:
+    """Begin the parser of one subcommand.
 
     Args:
-        name: the subcommand, as typed.
+        usage: the subcommand as typed, and after it what it cannot do without.
         summary: what it does; sentences.
         example: command lines shown below the options.
     """
     epilog = "examples:\n" + "\n".join(f"  {line}" for line in example.strip().splitlines())
     return Parser(
-        prog=f"sparse-pathways {name}",
+        usage=f"sparse-pathways {usage} [options]",
         description=summary,
         epilog=epilog,
         exit_on_error=False,

@@ -8,7 +8,7 @@ def main(words: list[str]) -> int:
     from sparse_pathways.asr.config import PruneConfig
 
     parser = make_parser(
-        "prune",
+        "prune --data DATA --start RUN --out OUT",
         "Prune a trained recogniser while training it on: one mask for all languages (lap), or one pathway per\n"
         "language that keeps adapting (dynamic_asr_pathways). Resumes like `train`.",
         "sparse-pathways prune --data runs/data --start runs/dense --out runs/lap70 --method lap --sparsity 0.7\n"

@@ -8,7 +8,7 @@ from sparse_pathways.cli.parsing import make_parser
 def main(words: list[str]) -> int:
     """Run `sparse-pathways report` with the words after it."""
     parser = make_parser(
-        "report",
+        "report RUN",
         "Draw one self-contained HTML page from a run folder: results.json (by `evaluate`) and the log.jsonl of every\n"
         "run below it. Or write the result table into a README, between the lines <!-- results:begin --> and\n"
         "<!-- results:end -->.",

@@ -8,7 +8,7 @@ def main(words: list[str]) -> int:
     from sparse_pathways.asr.config import TrainConfig
 
     parser = make_parser(
-        "train",
+        "train --data DATA --out OUT",
         "Train a dense streaming RNN-T on a corpus. The run folder gets checkpoints, log.jsonl and at the end\n"
         "model.pt; a run that was interrupted goes on from its last checkpoint when the command is given again.",
         "sparse-pathways train --data runs/data --out runs/dense\n"

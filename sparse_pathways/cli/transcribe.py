@@ -9,7 +9,7 @@ from sparse_pathways.cli.parsing import make_parser, word_error
 def main(words: list[str]) -> int:
     """Run `sparse-pathways transcribe` with the words after it."""
     parser = make_parser(
-        "transcribe",
+        "transcribe MODEL AUDIO... --language LANGUAGE",
         "Print what is said in audio files. A file is fed to the recogniser piece by piece, as a microphone would,\n"
         "and words appear as soon as they are certain. Any sample rate, mono or stereo: wav, flac, ogg, opus, mp3.",
         "sparse-pathways transcribe model.safetensors --language fr some.wav\n"
