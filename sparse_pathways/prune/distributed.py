@@ -47,13 +47,13 @@ def check_same_masks(masks: dict[str, Tensor], step: int) -> None:
     """Raise RuntimeError naming the first layer whose masks differ between ranks.
 
     Args:
-        masks: layer name to bool tensor of its decided masks.
+        masks: layer name to bool tensor of its masks.
         step: for the message.
     """
     rows = gathered(torch.stack([fingerprint(mask) for mask in masks.values()]))
     for column, name in enumerate(masks):
         if len({row[column] for row in rows}) > 1:
             raise RuntimeError(
-                f"{name}: the processes decided different masks at step {step}; their weights, gradients or pruner "
+                f"{name}: the processes have different masks at step {step}; their weights, gradients or pruner "
                 "states are not the same (is the model wrapped in DistributedDataParallel?)"
             )

@@ -61,6 +61,7 @@ class Pruner:
     Raises:
         ValueError: no layer to prune; a pathway of the plan that a layer lacks; masks of the model that do not fit the
             plan; an optimiser that is missing or does not hold the layers' weights.
+        RuntimeError: the processes start from different masks.
     """
 
     def __init__(self, model: nn.Module, plan: PruningPlan, optimizer: Any = None) -> None:
@@ -84,6 +85,8 @@ class Pruner:
             layer.dense_grad = plan.dense_grad
         self._set_initial_masks()
         self._check_reachable()
+        if distributed.several_processes():
+            distributed.check_same_masks({name: self._stacked(layer) for name, layer in self.layers.items()}, step=0)
 
     def _governed(self) -> tuple[str, ...]:
         first, layer = next(iter(self.layers.items()))
@@ -344,11 +347,12 @@ class Pruner:
             }
 
     def _fingerprints(self) -> dict[str, int]:
-        hashes = [
-            distributed.fingerprint(torch.stack([layer.mask(pathway) for pathway in self.pathways]))
-            for layer in self.layers.values()
-        ]
+        hashes = [distributed.fingerprint(self._stacked(layer)) for layer in self.layers.values()]
         return dict(zip(self.layers, torch.stack(hashes).tolist(), strict=True))
+
+    def _stacked(self, layer: SparseLinear) -> Tensor:
+        """Masks of the governed pathways, bool `[P, NB, KB]`."""
+        return torch.stack([layer.mask(pathway) for pathway in self.pathways])
 
     def detach(self) -> None:
         """Let the optimiser go: from here on its steps are no longer kept inside the pathways (`dense_grad=False`)."""

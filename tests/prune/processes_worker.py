@@ -63,9 +63,16 @@ def other_pathway(rank):
     return lambda model, step, name: ("fr" if rank == 1 else "en") if step == 3 else name
 
 
-def error_of(plan, rank, world, spoil):
+def other_masks(rank):
+    model = make_model()
+    if rank == 1:
+        model[2].set_mask_(~model[2].mask() | (torch.arange(16) > 0), "fr")  # one column less
+    prune.Pruner(model, prune.methods.dynamic_asr_pathways(LANGUAGES))
+
+
+def error_of(function, *arguments):
     try:
-        train(plan, rank, world, spoil)
+        function(*arguments)
     except RuntimeError as error:
         return str(error)
     return None
@@ -79,8 +86,9 @@ if __name__ == "__main__":
     results = {name: train(plan, rank, world) for name, plan in PLANS.items()}
     if world > 1:
         magnitude = prune.methods.lap(LANGUAGES, 0.6, steps=20, interval=2)
-        results["other_weights"] = error_of(magnitude, rank, world, other_weights(rank))
-        results["other_pathway"] = error_of(PLANS["dynamic"], rank, world, other_pathway(rank))
+        results["other_weights"] = error_of(train, magnitude, rank, world, other_weights(rank))
+        results["other_pathway"] = error_of(train, PLANS["dynamic"], rank, world, other_pathway(rank))
+        results["other_masks"] = error_of(other_masks, rank)
         dist.destroy_process_group()
     with open(out, "w") as file:
         json.dump(results, file)

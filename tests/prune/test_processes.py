@@ -44,7 +44,13 @@ def test_two_processes_decide_the_masks_of_one(runs, method):
 @pytest.mark.slow
 def test_different_weights_are_reported_with_the_layer(runs):
     for result in runs["pair"]:
-        assert result["other_weights"].startswith("2: the processes decided different masks at step 4")
+        assert result["other_weights"].startswith("2: the processes have different masks at step 4")
+
+
+@pytest.mark.slow
+def test_different_initial_masks_are_reported_with_the_layer(runs):
+    for result in runs["pair"]:
+        assert result["other_masks"].startswith("2: the processes have different masks at step 0")
 
 
 @pytest.mark.slow
