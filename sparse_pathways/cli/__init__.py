@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _dispatch(words)
     except SystemExit as stop:  # --help, --print_config, --version
         return stop.code if isinstance(stop.code, int) else 0
-    except KeyboardInterrupt:
-        print(f"sparse-pathways: interrupted; {_how_to_resume(words)}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:  # a training run says where it stopped
+        print(f"sparse-pathways: {str(interrupt) or 'interrupted; run the same command again'}", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output has left: nothing to say, and nowhere to say it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,9 +85,3 @@ def _help() -> str:
         EXAMPLE,
     ]
     return "\n".join(lines)
-
-
-def _how_to_resume(words: list[str]) -> str:
-    if words[:1] in (["train"], ["prune"]):
-        return "run the same command again to go on from the last checkpoint"
-    return "run the same command again to start over"

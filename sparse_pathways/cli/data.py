@@ -68,10 +68,11 @@ def _mls(words: list[str]) -> int:
     parser.add_argument("root", type=Path, help="folder that holds the mls_<language> folders")
     parser.add_argument("--languages", nargs="+", default=["en", "fr", "it", "nl"], help="language codes to import")
     parser.add_argument("--out", type=Path, required=True, help="folder to make, with manifest.jsonl")
+    parser.add_argument("--train_subset", default="all", help="part of the train split: all, 9hr or 1hr")
     args = parser.parse_args(words)
     from sparse_pathways.asr.mls import import_mls
 
-    return _summarise(import_mls(args.root, tuple(args.languages), args.out))
+    return _summarise(import_mls(args.root, tuple(args.languages), args.out, args.train_subset))
 
 
 def _summarise(manifest: Path) -> int:

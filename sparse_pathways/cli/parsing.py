@@ -9,8 +9,18 @@ import jsonargparse
 
 from sparse_pathways.checks import BackendUnavailable
 
-USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, BackendUnavailable, argparse.ArgumentError)
-"""What a user can cause, `sp.FormatError` and `AudioError` (ValueErrors) among them; anything else is our bug."""
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    BackendUnavailable,
+    argparse.ArgumentError,
+)
+"""What a user can cause, `sp.FormatError` and `AudioError` (ValueErrors) among them; a FloatingPointError is a loss
+that diverged; anything else is our bug."""
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 

@@ -80,10 +80,11 @@ def overlaps(models: Sequence[ModelResult]) -> Figure | None:
 
 
 def progress(logs: Mapping[str, Log], colours: Colours) -> Figure | None:
-    """Curves over the steps of every run: loss, sparsity, word error rate on the dev split."""
+    """Curves over the steps of every run: loss, sparsity, overlap of masks, word error rate on the dev split."""
     panels = [
         ("training loss", lambda record: record.get("loss"), False),
         ("sparsity [%]", lambda record: _times100(record.get("sparsity")), False),
+        ("mean overlap of masks", lambda record: record.get("overlap"), False),
         ("dev word error rate [%]", lambda record: _times100(_mean(record.get("wer"))), True),
     ]
     curves = []
