@@ -107,9 +107,7 @@ class Corpus:
         progress: Show a bar when features have to be computed.
     """
 
-    def __init__(
-        self, path: Path, split: str, languages: Sequence[str] | None = None, progress: bool = True
-    ) -> None:
+    def __init__(self, path: Path, split: str, languages: Sequence[str] | None = None, progress: bool = True) -> None:
         path = Path(path)
         self.utterances = [utterance for utterance in read_manifest(path) if utterance.split == split]
         if not self.utterances:
@@ -130,8 +128,7 @@ class Corpus:
     def texts(self) -> list[str]:
         """Transcripts, as many characters of each language as the smallest one has (to learn pieces from)."""
         per_language = {
-            language: [self.utterances[i].text for i in sorted(indices)]
-            for language, indices in self.by_length.items()
+            language: [self.utterances[i].text for i in sorted(indices)] for language, indices in self.by_length.items()
         }
         budget = min(sum(map(len, texts)) for texts in per_language.values())
         chosen = []

@@ -36,7 +36,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise sp.FormatError(path, f"cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise sp.FormatError(
+            path, f"cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise sp.FormatError(path, "is not a model of this package; want a run folder, its model.pt or checkpoint.pt")
     return content

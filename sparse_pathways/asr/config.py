@@ -194,9 +194,7 @@ class RunConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{type(self).__name__}.{name} = {getattr(self, name)}; want more than 0")
         if self.mixed_precision not in ("no", "bf16"):
-            raise ValueError(
-                f"{type(self).__name__}.mixed_precision = {self.mixed_precision!r}; want 'no' or 'bf16'"
-            )
+            raise ValueError(f"{type(self).__name__}.mixed_precision = {self.mixed_precision!r}; want 'no' or 'bf16'")
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0: linear warm-up, constant, linear decay."""

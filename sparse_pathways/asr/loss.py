@@ -71,7 +71,9 @@ class _Lattice(torch.autograd.Function):
     """Sum over all paths; the gradient of a step's log-probability is the probability of taking it."""
 
     @staticmethod
-    def forward(ctx: Any, blank_log: Tensor, label_log: Tensor, logit_lengths: Tensor, target_lengths: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, blank_log: Tensor, label_log: Tensor, logit_lengths: Tensor, target_lengths: Tensor
+    ) -> Tensor:
         """`blank_log`, `label_log` `[B, T, U + 1]`: leaving (t, u) by a blank and by the next label."""
         frames = blank_log.shape[1]
         blank, label = _skew(blank_log), _skew(label_log)
@@ -83,9 +85,7 @@ class _Lattice(torch.autograd.Function):
         alpha[:, 0, 0] = 0.0
         for n in range(1, diagonals):
             before = alpha[:, :, n - 1]
-            alpha[:, :, n] = torch.logaddexp(
-                before + blank[:, :, n - 1], _from_below(before + label[:, :, n - 1])
-            )
+            alpha[:, :, n] = torch.logaddexp(before + blank[:, :, n - 1], _from_below(before + label[:, :, n - 1]))
         log_likelihood = alpha[rows, target_lengths, last] + blank[rows, target_lengths, last]
 
         # beta[..., n]: from the cells of diagonal n to the end; a blank out of the last cell leads to the end itself

@@ -1,4 +1,4 @@
-"""The recogniser: torchaudio's Emformer RNN-T with its tokenizer, its feature statistics and a CTC head for training."""
+"""The recogniser: torchaudio's Emformer RNN-T, its tokenizer and feature statistics, and a CTC head for training."""
 
 import base64
 import binascii
@@ -86,9 +86,7 @@ class Recogniser(nn.Module):
             Encodings `[B, T', encoding]` and their lengths `[B]`, in encoder frames of whole segments.
         """
         if feats.dim() != 3 or feats.shape[2] != MELS or lengths.shape != feats.shape[:1]:
-            raise ValueError(
-                f"feats {tuple(feats.shape)}, lengths {tuple(lengths.shape)}; want [B, T, {MELS}] and [B]"
-            )
+            raise ValueError(f"feats {tuple(feats.shape)}, lengths {tuple(lengths.shape)}; want [B, T, {MELS}] and [B]")
         if bool((lengths > feats.shape[1]).any()):
             raise ValueError(f"lengths reach {int(lengths.max())}, but feats has {feats.shape[1]} frames")
         lengths = lengths.to(feats.device)

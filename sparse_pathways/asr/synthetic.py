@@ -1,8 +1,8 @@
 """A corpus made on the spot: sentences from templates, spoken by espeak-ng, in four languages.
 
-espeak-ng comes with the `espeakng-loader` package and is called through ctypes. It keeps global state, so each worker
-process has its own. Every utterance is a function of (seed, split, language, index) alone: the corpus does not depend
-on the number of workers.
+espeak-ng comes with the `espeakng-loader` package and is called through ctypes. How it speaks depends, a little, on all
+that it has said before, and nothing resets that. So every chunk of utterances is spoken by a fresh process: the corpus
+is a function of the configuration, whatever the number of workers.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ import json
 import multiprocessing
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -32,6 +32,8 @@ from .text import normalise
 _SYNCHRONOUS_OUTPUT = 2
 _UTF8 = 1
 _RATE, _PITCH, _PITCH_RANGE = 1, 3, 4
+
+_CHUNK = 50  # utterances spoken by one process
 
 Job = tuple[CorpusConfig, str, str, int, Path]  # config, split, language, index, folder
 
@@ -69,9 +71,9 @@ class Espeak:
         if self.sample_rate <= 0:
             raise RuntimeError(f"espeak-ng did not start: espeak_Initialize returned {self.sample_rate}")
         self._chunks: list[np.ndarray] = []
-        self._callback = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
-        )(self._receive)
+        self._callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)(
+            self._receive
+        )
         self._library.espeak_SetSynthCallback(self._callback)
 
     def _receive(self, samples: Any, count: int, events: Any) -> int:
@@ -79,8 +81,8 @@ class Espeak:
             self._chunks.append(np.ctypeslib.as_array(samples, shape=(count,)).copy())
         return 0
 
-    def say(self, text: str, voice: str, rate: int, pitch: int, pitch_range: int) -> np.ndarray:
-        """Speak; returns float32 samples `[S]` in [-1, 1] at `self.sample_rate`.
+    def say(self, text: str, voice: str, rate: int, pitch: int, pitch_range: int, seed: int) -> np.ndarray:
+        """Speak; returns float32 samples `[S]` in [-1, 1] at `self.sample_rate`. Some voices breathe, by `seed`.
 
         Raises:
             ValueError: espeak-ng knows no such voice.
@@ -89,6 +91,7 @@ class Espeak:
             raise ValueError(f"voice = {voice!r} is unknown to espeak-ng; want LANGUAGE+VARIANT such as 'nl+f3'")
         for parameter, value in ((_RATE, rate), (_PITCH, pitch), (_PITCH_RANGE, pitch_range)):
             self._library.espeak_SetParameter(parameter, value, 0)
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
         self._chunks.clear()
         encoded = text.encode() + b"\0"
         status = self._library.espeak_Synth(encoded, len(encoded), 0, 1, 0, _UTF8, None, None)
@@ -125,6 +128,7 @@ def _make(job: Job) -> Utterance:
         rng.randint(*config.rate),
         rng.randint(*config.pitch),
         rng.randint(*config.pitch_range),
+        rng.getrandbits(31),
     )
     samples = resampler(_espeak().sample_rate)(torch.from_numpy(spoken)).numpy()
     samples = add_noise(samples, rng.uniform(*config.noise_db), np.random.default_rng(rng.getrandbits(64)))
@@ -151,22 +155,42 @@ def _jobs(config: CorpusConfig, out: Path) -> Iterator[Job]:
             yield config, split, language, index, out
 
 
+def _make_all(jobs: Sequence[Job]) -> list[Utterance]:
+    return [_make(job) for job in jobs]
+
+
+def _check_voices(config: CorpusConfig) -> None:
+    """espeak-ng itself speaks with its default voice when it does not know a variant."""
+    if unknown := set(config.languages) - sentences().keys():
+        raise ValueError(
+            f"CorpusConfig.languages = {config.languages}: no sentences for {', '.join(sorted(unknown))}; "
+            f"want some of {', '.join(sentences())}"
+        )
+    known = {path.name for path in (Path(espeakng_loader.get_data_path()) / "voices" / "!v").iterdir()}
+    for split in SPLITS:
+        if missing := set(getattr(config, f"{split}_voices")) - known:
+            raise ValueError(
+                f"CorpusConfig.{split}_voices: espeak-ng has no variant {', '.join(sorted(missing))}; "
+                f"it has {', '.join(sorted(known))}"
+            )
+
+
 def synthesise(config: CorpusConfig, out: Path, progress: bool = True) -> Path:
     """Make the corpus in the folder `out`; returns its manifest, written last.
 
     Raises:
         ValueError: a language without sentences, or a voice espeak-ng does not know.
     """
-    if unknown := set(config.languages) - sentences().keys():
-        raise ValueError(
-            f"CorpusConfig.languages = {config.languages}: no sentences for {', '.join(sorted(unknown))}; "
-            f"want some of {', '.join(sentences())}"
-        )
+    _check_voices(config)
     out = Path(out).resolve()
     jobs = list(_jobs(config, out))
-    bar = {"total": len(jobs), "desc": "speaking", "unit": " utterances", "disable": not progress}
-    if config.workers == 1:
-        return write_manifest(out / MANIFEST, tqdm(map(_make, jobs), **bar))
-    # spawn: espeak-ng and torch's threads do not survive a fork
-    with multiprocessing.get_context("spawn").Pool(config.workers, torch.set_num_threads, (1,)) as pool:
-        return write_manifest(out / MANIFEST, tqdm(pool.imap(_make, jobs, chunksize=25), **bar))
+    chunks = [jobs[start : start + _CHUNK] for start in range(0, len(jobs), _CHUNK)]
+    context = multiprocessing.get_context("forkserver")  # its children have imported all and said nothing
+    context.set_forkserver_preload([__name__])
+    bar = tqdm(total=len(jobs), desc="speaking", unit=" utterances", disable=not progress)
+    utterances = []
+    with bar, context.Pool(config.workers, torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
+        for made in pool.imap(_make_all, chunks):
+            utterances += made
+            bar.update(len(made))
+    return write_manifest(out / MANIFEST, utterances)

@@ -1,4 +1,4 @@
-"""A tiny recogniser with random weights that still says different things to different sounds."""
+"""A tiny recogniser with random weights that still says different things to different sounds, and a tiny corpus."""
 
 import copy
 from pathlib import Path
@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import sparse_pathways as sp
-from sparse_pathways.asr.config import ModelConfig
+from sparse_pathways.asr.config import CorpusConfig, ModelConfig
 from sparse_pathways.asr.features import LogMel
 from sparse_pathways.asr.model import Recogniser, new, prunable
+from sparse_pathways.asr.synthetic import synthesise
 from sparse_pathways.asr.text import Tokenizer
 
 SENTENCES = ("turn on the lamp", "allume la lampe du salon", "accendi la luce", "doe het licht aan in de keuken")
@@ -102,3 +103,16 @@ def form(request, recogniser, pruned, packed) -> Recogniser:
 @pytest.fixture(scope="session")
 def sound():
     return make_sound
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory) -> Path:
+    """Folder of a synthetic corpus: two languages, a few spoken sentences."""
+    config = CorpusConfig(languages=("en", "nl"), train=12, dev=2, test=3, workers=1, seed=3)
+    return synthesise(config, tmp_path_factory.mktemp("corpus"), progress=False).parent
+
+
+@pytest.fixture
+def tiny_model() -> Recogniser:
+    """An untrained recogniser of its own for each test, to be changed at will."""
+    return make_recogniser(("en", "nl"))
