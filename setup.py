@@ -60,8 +60,9 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(BUILD), "--parallel"], check=True)
         for target in map(Path, self.get_outputs()):
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)  # a process that has the old library mapped keeps it
-            shutil.copy2(BUILD / "lib" / target.name, target)
+            fresh = target.with_suffix(".new")
+            shutil.copy2(BUILD / "lib" / target.name, fresh)
+            fresh.replace(target)  # a process that has the old library mapped keeps it
 
     def get_outputs(self) -> list[str]:
         base = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)

@@ -60,17 +60,6 @@ struct BlockRows {
   int64_t out, in, height, width;
 };
 
-template <int kS, typename T>
-SP_INLINE void store_outputs(T* y, Vec<T, kS> sum, int64_t live) {
-  if (live >= kS) {
-    store<kS>(y, sum);
-  } else {
-    T lanes[kS];
-    store<kS>(lanes, sum);
-    for (int64_t i = 0; i < live; ++i) y[i] = lanes[i];
-  }
-}
-
 // M = 1, kS outputs of block row b from r0 on. Four chains of additions hide the latency of the multiply-add.
 template <int kS, typename T, typename W>
 SP_INLINE void gemv_slice(const W& w, const T* x, int64_t b, int64_t r0, T* y) {
@@ -91,7 +80,7 @@ SP_INLINE void gemv_slice(const W& w, const T* x, int64_t b, int64_t r0, T* y) {
     SP_UNROLL for (int q = 0; q < 4; ++q) add(e + q, sum[q]);
   }
   for (; e < end; ++e) add(e, sum[0]);
-  store_outputs<kS>(y + b * w.r() + r0, (sum[0] + sum[1]) + (sum[2] + sum[3]), w.live(b, r0, kS));
+  store_first<kS>(y + b * w.r() + r0, (sum[0] + sum[1]) + (sum[2] + sum[3]), w.live(b, r0, kS));
 }
 
 template <typename T, typename W>
@@ -135,7 +124,7 @@ void few_rows(const W& w, const T* panel, int64_t rows, int64_t b0, int64_t b1, 
       const int64_t live = w.live(b, r0, 8);
       SP_UNROLL for (int i = 0; i < kWidth; ++i) {
         if (kSets == 2) sum[0][i] += sum[1][i];
-        if (i < rows) store_outputs<8>(y + i * w.out + b * w.r() + r0, sum[0][i], live);
+        if (i < rows) store_first<8>(y + i * w.out + b * w.r() + r0, sum[0][i], live);
       }
     }
   }

@@ -64,6 +64,49 @@ struct LinearDx {
     }
   }
 
+  // kM rows of dx, R = 8, N % 8 == 0, float: eight products in the lanes, summed over the lanes for eight columns at
+  // once.
+  template <int kM>
+  void few_rows(const T* dy, T* dx) const {
+    constexpr int kSets = 4 / kM;  // up to four chains of additions hide the multiply-add's latency
+    const T* values = static_cast<const T*>(args.values);
+    const Row* row = static_cast<const Row*>(args.other);
+    const int64_t last = l1 * args.c < args.out ? l1 * args.c : args.out;
+    alignas(64) T lanes[kM][64];
+    for (int64_t k = l0 * args.c; k < last; k += 8) {
+      const int64_t group = last - k < 8 ? last - k : 8;
+      for (int64_t q = 0; q < group; ++q) {
+        const int64_t list = args.c == 1 ? k + q : (k + q) / args.c;
+        const T* column = values + (k + q - list * args.c) * 8;
+        Vec<T, 8> sum[kSets][kM] = {};
+        const auto add = [&](int64_t j, Vec<T, 8>* chain) SP_ALWAYS_INLINE {
+          const Vec<T, 8> weight = load<8>(column + (kIndirect ? args.pos[j] : j) * args.c * 8);
+          const T* from = dy + static_cast<int64_t>(row[j]) * 8;
+          SP_UNROLL for (int i = 0; i < kM; ++i) chain[i] += load<8>(from + i * args.in) * weight;
+        };
+        int64_t j = args.begin[list];
+        const int64_t end = args.begin[list + 1];
+        for (; j + kSets <= end; j += kSets) {
+          SP_UNROLL for (int set = 0; set < kSets; ++set) add(j + set, sum[set]);
+        }
+        for (; j < end; ++j) add(j, sum[0]);
+        SP_UNROLL for (int i = 0; i < kM; ++i) {
+          SP_UNROLL for (int set = 1; set < kSets; ++set) sum[0][i] += sum[set][i];
+          store<8>(lanes[i] + q * 8, sum[0][i]);
+        }
+      }
+      for (int i = 0; i < kM; ++i) {
+        const T* from[8];
+        T square[64];
+        for (int q = 0; q < 8; ++q) from[q] = lanes[i] + (q < group ? q : 0) * 8;
+        transpose8x8(from, square, 8);
+        Vec<T, 8> total = load<8>(square);
+        for (int q = 1; q < 8; ++q) total += load<8>(square + q * 8);
+        store_first<8>(dx + i * args.out + k, total, group);
+      }
+    }
+  }
+
   template <bool kEight>
   void rows() const {
     constexpr int kL = kLanes<T>;
@@ -71,6 +114,24 @@ struct LinearDx {
       const T* dy = static_cast<const T*>(args.x) + m * args.in;
       T* dx = static_cast<T*>(args.y) + m * args.out;
       const int64_t left = m1 - m;
+      if constexpr (kEight && sizeof(T) == 4) {
+        if (left <= (kL < 8 ? kL : 8) && args.in % 8 == 0) {
+          switch (left) {
+            case 1:
+              few_rows<1>(dy, dx), m += 1;
+              break;
+            case 2:
+              few_rows<2>(dy, dx), m += 2;
+              break;
+            case 3:
+              few_rows<3>(dy, dx), m += 3;
+              break;
+            default:
+              few_rows<4>(dy, dx), m += 4;
+          }
+          continue;
+        }
+      }
       if (left > kL) {
         const int64_t taken = left < 2 * kL ? left : 2 * kL;
         panel_rows<2, kEight>(dy, taken, dx);

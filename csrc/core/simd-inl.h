@@ -48,6 +48,18 @@ SP_INLINE void store(T* to, Vec<T, kN> value) {
   *reinterpret_cast<typename VecOf<T, kN>::unaligned*>(to) = value;
 }
 
+// The first `live` lanes of value to y.
+template <int kS, typename T>
+SP_INLINE void store_first(T* y, Vec<T, kS> value, int64_t live) {
+  if (live >= kS) {
+    store<kS>(y, value);
+  } else {
+    T lanes[kS];
+    store<kS>(lanes, value);
+    for (int64_t i = 0; i < live; ++i) y[i] = lanes[i];
+  }
+}
+
 // to[j * to_stride + i] = from[i][j], i and j in 0..3.
 SP_INLINE void transpose4x4(const float* const* from, float* to, int64_t to_stride) {
   const Vec<float, 4> a = load<4>(from[0]), b = load<4>(from[1]), c = load<4>(from[2]), d = load<4>(from[3]);
