@@ -85,7 +85,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         for line in table(rows):
             terminalreporter.write_line(line)
         if about["load"] > about["threads"] + 0.5:
-            terminalreporter.write_line(f"The machine was busy (load {about['load']}): read the quartiles.")
+            busy = f"The machine was busy (load {about['load']}): medians of long calls are inflated, "
+            terminalreporter.write_line(f"{busy}trust the fastest rounds; do not quote this table.")
         path = RESULTS / f"{suite.name}_{about['isa']}_{about['threads']}thread_{suite.weights}.json"
         write(path, suite, about, rows)
         terminalreporter.write_line(f"written to {path.relative_to(Path(__file__).parent.parent)}")
