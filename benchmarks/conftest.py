@@ -70,7 +70,7 @@ def take_turn(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
     return measure
 
 
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:
     turns = config.stash[TURNS]
     about = circumstances(config.getoption("--threads"), sp.env())
     for suite in dict.fromkeys(turn.suite for turn in turns):
@@ -87,6 +87,9 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         if about["load"] > about["threads"] + 0.5:
             busy = f"The machine was busy (load {about['load']}): medians of long calls are inflated, "
             terminalreporter.write_line(f"{busy}trust the fastest rounds; do not quote this table.")
+        if exitstatus != 0 or config.getoption("keyword"):
+            terminalreporter.write_line("not written: a part of the benchmarks, or a failed one")
+            continue
         path = RESULTS / f"{suite.name}_{about['isa']}_{about['threads']}thread_{suite.weights}.json"
         write(path, suite, about, rows)
         terminalreporter.write_line(f"written to {path.relative_to(Path(__file__).parent.parent)}")
