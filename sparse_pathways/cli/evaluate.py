@@ -197,7 +197,7 @@ def _times(
     speed: list = []
     for name, own in forms.items():
         if "packed" in own:
-            by_name[name]["profile"] = dict(operator_profile(own["packed"], timed))
+            by_name[name]["profile"] = dict(operator_profile(own["packed"], timed[:1]))
             if not speed:
                 with pinned_thread():
                     speed = layer_speed(own["packed"], args.rows)
