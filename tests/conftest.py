@@ -5,7 +5,6 @@ import torch
 
 from sparse_pathways.ops import backends
 
-
 torch.set_num_threads(1)  # the tests' tensors are small: a second thread costs more than it saves
 
 
