@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from sparse_pathways.checks import FormatError, check_names, grid, unknown_pathway
@@ -57,7 +57,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
     try:
-        save_file(whole, temporary, {"format": FORMAT, FORMAT: json.dumps(header)})
+        # save_file would make a file that only its owner may read.
+        temporary.write_bytes(save(whole, {"format": FORMAT, FORMAT: json.dumps(header)}))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
