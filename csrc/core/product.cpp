@@ -9,8 +9,8 @@ namespace sp {
 
 namespace {
 
-// Multiply-adds (M = 1 counts twice: it waits for loads) from which a second thread is worth waking. One thread takes 13
-// to 22 us for this much on a Zen 4; an idle pool answers in 2 to 3 us, a pool on a busy machine in far more.
+// Multiply-adds (M = 1 counts twice: it waits for loads) from which a second thread is worth waking. One thread takes
+// 13 to 22 us for this much on a Zen 4; an idle pool answers in 2 to 3 us, a pool on a busy machine in far more.
 constexpr double kSerialWork = 6e5;
 
 // Cost of one list besides its blocks (loop start, store, transposition), in blocks.
