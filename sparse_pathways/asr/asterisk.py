@@ -11,7 +11,6 @@ import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
@@ -55,15 +54,12 @@ def _sounds(root: Path, language: str) -> Path:
 
 
 def _prompts(root: Path, language: str, out: Path) -> Iterator[Utterance]:
-    decode = None
     for key, text in _transcripts(root, language).items():
         source = _sounds(root, language) / f"{key}.wav"
         if source.is_file():
             wave = _read_wav(source)
         elif source.with_suffix(".g722").is_file():
-            decode = decode or _g722_decoder()
-            samples = decode(source.with_suffix(".g722").read_bytes())
-            wave = torch.from_numpy(np.asarray(samples, dtype=np.float32) / 32768)
+            wave = _read_g722(source.with_suffix(".g722"))
         else:
             continue  # some transcripts have no recording
         name = f"asterisk-{language}-{key.replace('/', '-')}"
@@ -112,7 +108,7 @@ def _read_wav(path: Path) -> Tensor:
     return wave if rate == SAMPLE_RATE else resampler(rate)(wave)
 
 
-def _g722_decoder() -> Any:
+def _read_g722(path: Path) -> Tensor:
     try:
         module = importlib.import_module("G722")
     except ImportError as error:
@@ -120,4 +116,5 @@ def _g722_decoder() -> Any:
             "the G.722 variant of the prompts needs the package G722 (pip install G722); "
             "or install asterisk-core-sounds-*-wav"
         ) from error
-    return module.G722(SAMPLE_RATE, 64_000).decode
+    samples = module.G722(SAMPLE_RATE, 64_000).decode(path.read_bytes())  # a decoder remembers: one for each file
+    return torch.from_numpy(np.asarray(samples, dtype=np.float32) / 32768)

@@ -166,10 +166,22 @@ class Sampler:
         weights = (seconds / seconds.sum()) ** alpha
         self.shares = weights / weights.sum()
 
+    def language(self, step: int) -> str:
+        """The language of a step.
+
+        Drawn in rounds of as many steps as there are languages, spread evenly over the shares: languages of equal share
+        come once a round each, in random order, and none stays away for long by chance.
+        """
+        languages = self._corpus.languages
+        turn, place = divmod(step, len(languages))
+        rng = np.random.default_rng((self._seed, turn, 1))
+        point = (rng.permutation(len(languages))[place] + rng.random()) / len(languages)
+        return languages[min(int(np.searchsorted(self.shares.cumsum(), point, side="right")), len(languages) - 1)]
+
     def draw(self, step: int, world: int) -> tuple[str, list[int]]:
         """The language and the utterances of all `world` ranks together; rank r takes `[r::world]`."""
-        rng = np.random.default_rng((self._seed, step))
-        language = self._corpus.languages[rng.choice(len(self.shares), p=self.shares)]
+        rng = np.random.default_rng((self._seed, step, 0))
+        language = self.language(step)
         order = self._corpus.by_length[language]
         size = min(self._batch, len(order) // world) * world
         if size == 0:

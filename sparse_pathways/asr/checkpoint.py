@@ -33,9 +33,11 @@ def read(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise sp.FormatError(path, "no such file")
+    if not zipfile.is_zipfile(path):
+        raise sp.FormatError(path, "cannot be read: is cut off, or not a model")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise sp.FormatError(
             path, f"cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error

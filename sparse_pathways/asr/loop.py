@@ -60,7 +60,11 @@ class Run:
         self.config = config
         # CTC-only steps leave predictor and joiner without gradients; masks are decided alike on every rank
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-        self._accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[ddp])
+        self._accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),  # else accelerate does not see that torchrun started several
+            mixed_precision=config.mixed_precision,
+            kwargs_handlers=[ddp],
+        )
         self.device = self._accelerator.device
         self.checkpoint_path = Path(config.out) / CHECKPOINT
         self.checkpoint = read(self.checkpoint_path) if self.checkpoint_path.is_file() else None

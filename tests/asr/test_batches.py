@@ -98,7 +98,16 @@ def test_ranks_share_language_and_utterances(corpus):
 @pytest.mark.parametrize(("alpha", "share"), [(0.0, 0.5), (0.5, 2 / 3), (1.0, 4 / 5)])
 def test_alpha_weighs_languages_by_hours(corpus, alpha, share):
     corpus.features.lengths = np.array([400 if u.language == "en" else 100 for u in corpus.utterances])
-    assert Sampler(corpus, 4, 0, alpha).shares.tolist() == pytest.approx([share, 1 - share])
+    sampler = Sampler(corpus, 4, 0, alpha)
+    assert sampler.shares.tolist() == pytest.approx([share, 1 - share])
+    drawn = [sampler.language(step) for step in range(3000)]
+    assert drawn.count("en") / 3000 == pytest.approx(share, abs=0.02)
+
+
+def test_languages_of_equal_share_take_turns(corpus):
+    sampler = Sampler(corpus, 4, 0, 0.0)
+    rounds = [(sampler.language(step), sampler.language(step + 1)) for step in range(0, 100, 2)]
+    assert set(rounds) == {("en", "nl"), ("nl", "en")}
 
 
 def test_padding_of_a_batch(corpus, tokenizer):
