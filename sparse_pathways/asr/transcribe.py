@@ -20,10 +20,11 @@ from sparse_pathways.asr.model import Recogniser
 
 
 def pathway_of(model: Recogniser, language: str) -> str | None:
-    """Name of the pathway that serves `language`: its own, or the only one there is; None in a dense model.
+    """Name of the pathway that serves `language`: its own, or the one for all languages; None in a dense model.
 
     Raises:
-        ValueError: the model was not trained on `language`; names the languages it knows.
+        ValueError: the model was not trained on `language` (names the languages it knows), or was loaded without its
+            pathway.
     """
     if language not in model.languages:
         known = ", ".join(model.languages)
@@ -31,7 +32,11 @@ def pathway_of(model: Recogniser, language: str) -> str | None:
     if not any(isinstance(module, sp.SparseLinear | sp.PackedLinear) for module in model.modules()):
         return None
     names = sp.pathways(model)
-    return names[0] if len(names) == 1 else language
+    if language in names:
+        return language
+    if len(names) > 1 or names[0] in model.languages:
+        raise ValueError(f"language = {language!r} has no pathway in this model; it was loaded with {', '.join(names)}")
+    return names[0]
 
 
 def language_pathway(model: Recogniser, language: str) -> AbstractContextManager:
@@ -155,11 +160,16 @@ def transcribe_file(
     yield streamer.finish()
 
 
-def open_model(path: str | Path) -> Recogniser:
+def open_model(path: str | Path, language: str | None = None) -> Recogniser:
     """Load a recogniser in eval mode from a packed file, or from a run folder or model.pt of `train` or `prune`.
+
+    Args:
+        path: file or folder.
+        language: of a packed model keep only what serves this language, which is smaller and a little faster.
 
     Raises:
         sp.FormatError: missing, truncated or foreign file, or a packed model that is no recogniser.
+        ValueError: the packed model was not trained on `language`.
     """
     path = Path(path)
     if path.is_dir() or path.suffix == ".pt":
@@ -167,6 +177,8 @@ def open_model(path: str | Path) -> Recogniser:
     model = sp.load_packed(path)
     if not isinstance(model, Recogniser):
         raise sp.FormatError(path, f"holds a packed {type(model).__name__}, want a streaming recogniser")
+    if language is not None and (name := pathway_of(model, language)) is not None:
+        sp.load_packed(path, model, pathways=(name,))
     return model
 
 

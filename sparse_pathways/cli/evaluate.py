@@ -6,6 +6,7 @@ import copy
 import os
 import tempfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from sparse_pathways.cli.parsing import make_parser
 if TYPE_CHECKING:
     from sparse_pathways.asr.evaluate import Example, LanguageResult
     from sparse_pathways.asr.model import Recogniser
-    from sparse_pathways.report.results import ModelResult
+    from sparse_pathways.report.results import ModelResult, Speed, Transcript
 
 
 def main(words: list[str]) -> int:
@@ -33,19 +34,23 @@ def main(words: list[str]) -> int:
     parser.add_argument("--split", default="test", help="split of the corpus: train, dev or test")
     parser.add_argument("--utterances", type=int, help="at most so many per language; all by default")
     parser.add_argument("--batch", type=int, default=16, help="utterances decoded at once for the word error rates")
+    parser.add_argument("--threads", type=int, default=1, help="threads for the word error rates; times use one")
     parser.add_argument("--timed", type=int, default=6, help="utterances per language that are timed; 0 times nothing")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs per utterance and model")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16], help="rows at once for the times by layer")
     args = parser.parse_args(words)
     paths = _name_paths(args.models)
+    import torch
+
     from sparse_pathways.asr.transcribe import open_model
     from sparse_pathways.report.results import origin, write_results
     from sparse_pathways.report.tables import as_text, result_notes, result_table
 
+    torch.set_num_threads(args.threads)
     examples = _load(args.data, args.split, args.utterances)
     models = {name: open_model(path) for name, path in paths.items()}
-    forms, measured = _word_errors(models, examples, args.batch)
-    timing, speed = _times(forms, measured, examples, args)
+    measured = _word_errors(models, examples, args.batch)
+    timing, speed = _times(measured, examples, args)
     results: dict[str, Any] = {
         "origin": origin(),
         "corpus": {
@@ -54,7 +59,8 @@ def main(words: list[str]) -> int:
             "utterances": dict(Counter(example.language for example in examples)),
             "seconds": sum(example.seconds for example in examples),
         },
-        "models": measured,
+        "models": [one.result for one in measured],
+        "transcripts": _transcripts(examples, measured),
         "latency": timing,
         "speed": speed,
     }
@@ -93,22 +99,41 @@ def _load(data: Path, split: str, limit: int | None) -> list[Example]:
     return load_examples(chosen)
 
 
-def _word_errors(
-    models: dict[str, Recogniser], examples: list[Example], batch: int
-) -> tuple[dict[str, dict[str, Recogniser]], list[ModelResult]]:
-    """Decode with every form of every model; returns the forms by model name, and the results without times."""
+@dataclass
+class _Measured:
+    """One model, and what was found about it so far."""
+
+    forms: dict[str, Recogniser]
+    """"dense", or "masked" and "packed"; further dense forms are added for the times."""
+    result: ModelResult
+    texts: dict[str, list[str]]
+    """Language -> transcripts in the order of its examples."""
+
+
+def _word_errors(models: dict[str, Recogniser], examples: list[Example], batch: int) -> list[_Measured]:
+    """Decode with every form of every model."""
     from tqdm import tqdm
 
-    forms, measured = {}, []
-    for name, model in tqdm(models.items(), desc="word error rates", unit="model"):
-        forms[name], result = _evaluate_model(name, model, examples, batch)
-        measured.append(result)
-    return forms, measured
+    progress = tqdm(models.items(), desc="word error rates", unit="model")
+    return [_evaluate_model(name, model, examples, batch) for name, model in progress]
 
 
-def _evaluate_model(
-    name: str, model: Recogniser, examples: list[Example], batch: int
-) -> tuple[dict[str, Recogniser], ModelResult]:
+def _transcripts(examples: list[Example], measured: list[_Measured]) -> list[Transcript]:
+    """The first utterance of every language, as an example for the reader."""
+    from sparse_pathways.report.results import Transcript
+
+    first = {example.language: example.reference for example in reversed(examples)}
+    return [
+        Transcript(
+            language=language,
+            reference=first[language],
+            texts={one.result["name"]: one.texts[language][0] for one in measured},
+        )
+        for language in measured[0].texts
+    ]
+
+
+def _evaluate_model(name: str, model: Recogniser, examples: list[Example], batch: int) -> _Measured:
     import sparse_pathways as sp
     from sparse_pathways.asr.evaluate import agreement, average_wer, dense_bytes, evaluate
     from sparse_pathways.asr.transcribe import packed_copy, pathway_of
@@ -142,7 +167,7 @@ def _evaluate_model(
         _describe_masks(model, result)
     result["languages"] = {language: _without_text(errors) for language, errors in languages.items()}
     result["wer"] = average_wer(languages)
-    return forms, result
+    return _Measured(forms, result, {language: errors["hypotheses"] for language, errors in languages.items()})
 
 
 def _describe_masks(model: Recogniser, result: ModelResult) -> None:
@@ -171,34 +196,40 @@ def _without_text(errors: LanguageResult) -> dict[str, Any]:
     return {key: value for key, value in errors.items() if key != "hypotheses"}
 
 
-def _times(
-    forms: dict[str, dict[str, Recogniser]], measured: list[ModelResult], examples: list[Example], args: Any
-) -> tuple[dict[str, Any], list]:
-    """Time streaming and layers, write the figures into `measured`; returns how it was done, and times by layer."""
+def _times(measured: list[_Measured], examples: list[Example], args: Any) -> tuple[dict[str, Any], list[Speed]]:
+    """Time streaming and layers, write the figures into the results; returns how it was done, and times by layer."""
     from sparse_pathways.asr.evaluate import latency, operator_profile, pinned_thread, select_per_language
-    from sparse_pathways.asr.model import prunable
-    from sparse_pathways.report.speed import can_prepack, layer_speed, prepack_
+    from sparse_pathways.report.speed import layer_speed
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler logs on stderr where there is no GPU
     if args.timed == 0:
         return {"pinned": "not timed", "utterances": 0, "repeats": 0}, []
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler logs on stderr where there is no GPU
     timed = select_per_language(examples, args.timed)
-    by_name = {result["name"]: result for result in measured}
-    for own in forms.values():
-        if "dense" in own and can_prepack():
-            config = own["dense"].config
-            rows = (config.segment_frames + config.right_context_frames) // config.stride
-            names = [name for name, module in own["dense"].named_modules() if prunable(module, name)]
-            own["dense prepacked"] = prepack_(copy.deepcopy(own["dense"]), rows, names)  # type: ignore[assignment]
-    contenders = {(name, form): model for name, own in forms.items() for form, model in own.items()}
+    for one in measured:
+        if "dense" in one.forms:
+            _add_prepacked(one.forms)
+    contenders = {(i, form): model for i, one in enumerate(measured) for form, model in one.forms.items()}
     spreads, pinned = latency(contenders, timed, repeats=args.repeats)
-    for (name, form), spread in spreads.items():
-        by_name[name]["latency"][form] = spread
-    speed: list = []
-    for name, own in forms.items():
-        if "packed" in own:
-            by_name[name]["profile"] = dict(operator_profile(own["packed"], timed[:1]))
-            if not speed:
-                with pinned_thread():
-                    speed = layer_speed(own["packed"], args.rows)
+    for (i, form), spread in spreads.items():
+        measured[i].result["latency"][form] = spread
+    sparse = [one for one in measured if "packed" in one.forms]
+    for one in sparse:
+        one.result["profile"] = dict(operator_profile(one.forms["packed"], timed[:2]))
+    speed: list[Speed] = []
+    if sparse:
+        with pinned_thread():
+            speed = layer_speed(sparse[0].forms["packed"], args.rows)
     return {"pinned": pinned, "utterances": len(timed), "repeats": args.repeats}, speed
+
+
+def _add_prepacked(forms: dict[str, Recogniser]) -> None:
+    """Beside a dense model, the same with oneDNN's weight order in the layers that pruning would touch."""
+    from sparse_pathways.asr.model import prunable
+    from sparse_pathways.report.speed import can_prepack, prepack_
+
+    if not can_prepack():
+        return
+    model = copy.deepcopy(forms["dense"])
+    rows = (model.config.segment_frames + model.config.right_context_frames) // model.config.stride
+    prepack_(model, rows, [name for name, module in model.named_modules() if prunable(module, name)])
+    forms["dense prepacked"] = model

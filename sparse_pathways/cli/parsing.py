@@ -1,6 +1,7 @@
 """Parsers of the subcommands: help made from the configs' docstrings, errors worded in one line."""
 
 import argparse
+import os
 import re
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -68,6 +69,11 @@ def add_config_options(parser: Parser, config_class: type) -> None:
         "--config", action="config", help="YAML file with any of the options below; options typed here win over it"
     )
     parser.add_class_arguments(config_class)
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all: torchrun starts several, and one line is enough."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def word_error(error: Exception) -> str:

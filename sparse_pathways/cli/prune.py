@@ -1,6 +1,6 @@
 """`sparse-pathways prune`: masks for a trained recogniser, by one of the methods in `sp.methods`."""
 
-from sparse_pathways.cli.parsing import add_config_options, make_parser
+from sparse_pathways.cli.parsing import add_config_options, is_first_process, make_parser
 
 
 def main(words: list[str]) -> int:
@@ -19,5 +19,7 @@ def main(words: list[str]) -> int:
     config = parser.config(PruneConfig, parser.parse_args(words))
     from sparse_pathways.asr.train import prune
 
-    print(f"pruned: {prune(config)}")
+    out = prune(config)
+    if is_first_process():
+        print(f"pruned: {out}")
     return 0

@@ -1,6 +1,6 @@
 """`sparse-pathways train`: a dense recogniser from a corpus."""
 
-from sparse_pathways.cli.parsing import add_config_options, make_parser
+from sparse_pathways.cli.parsing import add_config_options, is_first_process, make_parser
 
 
 def main(words: list[str]) -> int:
@@ -21,5 +21,7 @@ def main(words: list[str]) -> int:
     config = parser.config(TrainConfig, parser.parse_args(words))
     from sparse_pathways.asr.train import train
 
-    print(f"trained: {train(config)}")
+    out = train(config)
+    if is_first_process():
+        print(f"trained: {out}")
     return 0

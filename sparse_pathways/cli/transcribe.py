@@ -27,7 +27,7 @@ def main(words: list[str]) -> int:
     from sparse_pathways.asr.transcribe import Streamer, open_model, transcribe_file
 
     torch.set_num_threads(args.threads)
-    model = open_model(args.model)
+    model = open_model(args.model, args.language)
     Streamer(model, args.language, beam=args.beam)  # refuses a wrong language or beam before any file is read
     failed = False
     for path in args.audio:

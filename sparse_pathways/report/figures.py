@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullLocator
 
 from sparse_pathways.report.results import ModelResult, Speed, best_dense
 from sparse_pathways.report.speed import best_dense_us
@@ -79,39 +79,58 @@ def overlaps(models: Sequence[ModelResult]) -> Figure | None:
     return figure
 
 
+PANELS: tuple[tuple[str, Callable[[Mapping[str, Any]], float | None]], ...] = (
+    ("training loss", lambda record: record.get("loss")),
+    ("dev word error rate [%]", lambda record: _times100(_mean(record.get("wer")))),
+    ("sparsity [%]", lambda record: _times100(record.get("sparsity"))),
+    ("mean overlap of masks", lambda record: record.get("overlap")),
+)
+
+
 def progress(logs: Mapping[str, Log], colours: Colours) -> Figure | None:
-    """Curves over the steps of every run: loss, sparsity, overlap of masks, word error rate on the dev split."""
-    panels = [
-        ("training loss", lambda record: record.get("loss"), False),
-        ("sparsity [%]", lambda record: _times100(record.get("sparsity")), False),
-        ("mean overlap of masks", lambda record: record.get("overlap"), False),
-        ("dev word error rate [%]", lambda record: _times100(_mean(record.get("wer"))), True),
-    ]
-    curves = []
-    for label, read, marks in panels:
-        series = {name: _series(log, read) for name, log in logs.items()}
-        if any(steps for steps, _ in series.values()):
-            curves.append((label, series, marks))
-    if not curves:
+    """Curves over the steps: dense runs on the left, pruning runs on the right, one row per quantity."""
+    pruning = {name: any("sparsity" in record for record in log) for name, log in logs.items()}
+    columns = [[name for name in logs if pruning[name] == kind] for kind in (False, True) if kind in pruning.values()]
+    curves = {(label, name): _series(log, read) for label, read in PANELS for name, log in logs.items()}
+    rows = [label for label, _ in PANELS if any(curves[label, name][0] for name in logs)]
+    if not rows:
         return None
-    figure = Figure(figsize=(9, 2.2 * len(curves)), layout="constrained")
-    column = figure.subplots(len(curves), 1, squeeze=False, sharex=True)[:, 0]
-    for axes, (label, series, marks) in zip(column, curves, strict=True):
-        _plain(axes)
-        for name, (steps, values) in series.items():
-            if steps:
-                smooth = values if marks else _smooth(values)
-                axes.plot(steps, smooth, color=colours[name], marker="o" if marks else "", markersize=3, label=name)
+    figure = Figure(figsize=(1 + 4.5 * len(columns), 2.2 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex="col", sharey="row")
+    for place, label in enumerate(rows):
+        for names, axes in zip(columns, grid[place], strict=True):
+            drawn = [_curve(axes, label, *curves[label, name], colours[name], name) for name in names]
+            if not any(drawn):
+                axes.set_visible(False)
+        visible = [axes for axes in grid[place] if axes.get_visible()]
+        visible[0].set_ylabel(label)
+        visible[0].tick_params(labelleft=True)
         if label == "training loss":
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            visible[0].set_yscale("log")
+            visible[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            visible[0].yaxis.set_major_formatter("{x:g}")
+            visible[0].yaxis.set_minor_locator(NullLocator())
         else:
-            axes.set_ylim(bottom=0)
-        axes.set_ylabel(label)
-        _legend_beside(axes)
-    axes.set_xlabel("optimiser step of the run")
+            top = max(max(curves[label, name][1], default=0) for name in logs)
+            visible[0].set_ylim(0, 1.08 * top or 1)
+    for column in grid.T:
+        lowest = [axes for axes in column if axes.get_visible()][-1]
+        lowest.tick_params(labelbottom=True)
+        lowest.set_xlabel("optimiser step of the run")
+        column[0].legend(frameon=False, fontsize=8)
     return figure
+
+
+def _curve(axes: Axes, label: str, steps: list[float], values: list[float], colour: str, name: str) -> bool:
+    """Draw one run's curve, if it has one; what is measured on the dev split is marked point by point."""
+    if not steps:
+        return False
+    style = {"marker": "o", "markersize": 3} if label.startswith("dev") else {}
+    _plain(axes).plot(steps, values if style else _smooth(values), color=colour, label=name, **style)  # type: ignore[arg-type]
+    return True
+
+
+FORMS = {"dense": "F.linear", "dense prepacked": "oneDNN prepacked"}
 
 
 def latencies(models: Sequence[ModelResult]) -> Figure | None:
@@ -127,7 +146,7 @@ def latencies(models: Sequence[ModelResult]) -> Figure | None:
         span = [[median - spread["p10"]], [spread["p90"] - median]]
         axes.barh(place, median, 0.7, color=form_colours.get(form, "#33658a"), xerr=span, ecolor="#444444", capsize=2)
         axes.text(spread["p90"], place, f"  {median:.1f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(entries)), [f"{name}, {form}" for name, form, _ in entries])
+    axes.set_yticks(range(len(entries)), [f"{name}, {FORMS.get(form, form)}" for name, form, _ in entries])
     axes.invert_yaxis()
     axes.set_xlabel("ms of computation per second of audio (1000 = real time)")
     axes.margins(x=0.1)
@@ -157,10 +176,10 @@ def layers(models: Sequence[ModelResult], colours: Colours) -> Figure | None:
             _plain(right, across="x").plot(overlap, range(len(names)), "o-", color=colour, label=name)
     left.set_yticks(range(len(names)), [short(layer) for layer in names], fontsize=7)
     left.invert_yaxis()
-    left.set_xlim(left=0)
-    left.set_xlabel("blocks kept [%]: mean, and range over languages")
-    right.set_xlabel("mean intersection over union of two languages")
-    left.legend(frameon=False, fontsize=8)
+    left.set_xlim(0, 1.1 * left.get_xlim()[1])
+    left.set_xlabel("blocks kept [%], range over languages")
+    right.set_xlabel("mean overlap (IoU) of two languages")
+    _legend_beside(right)
     return figure
 
 

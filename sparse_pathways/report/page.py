@@ -51,6 +51,7 @@ def write_page(run: Path, results: dict[str, Any], out: Path) -> Path:
         table=result_table(results),
         notes=result_notes(results),
         pictures=_pictures(results, logs),
+        transcripts=results["transcripts"],
         profiles=_profiles(results),
         speed=speed_table(results["speed"]),
         origin=results["origin"],
@@ -79,8 +80,10 @@ def _pictures(results: dict[str, Any], logs: dict[str, Any]) -> list[Picture]:
         ),
         (
             "Training and pruning, step by step",
-            "Each run has its own step 0; pruning runs start from the trained dense model. Where the sparsity rises "
-            "the loss jumps and then recovers; what is left at the end is the price of pruning.",
+            "Left: training of the dense model; right: pruning runs, which start from a trained model, each with its "
+            "own step 0. Where the sparsity rises the loss jumps and then recovers; what is left at the end is the "
+            "price of pruning. The dense loss steps up where the RNN-T loss joins the CTC loss. Overlap: mean over every "
+            "two languages; pathways that adapt move apart until their masks are fixed.",
             figures.progress(logs, colours),
         ),
         (

@@ -54,6 +54,14 @@ class ModelResult(TypedDict):
     """Operators of packed decoding."""
 
 
+class Transcript(TypedDict):
+    """One utterance: what was said, and what every model made of it."""
+
+    language: str
+    reference: str
+    texts: dict[str, str]
+
+
 def origin() -> dict[str, Any]:
     """Where figures come from: time, machine, versions, commit of the source tree (None outside of one)."""
     return {

@@ -62,15 +62,6 @@ def make_pruned(model: Recogniser, sparsity: float = 0.5) -> Recogniser:
     return pruned.eval()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Products this small only get slower by sharing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def recogniser() -> Recogniser:
     return make_recogniser()

@@ -92,7 +92,7 @@ def test_profile_finds_the_packed_product(packed, recogniser, examples):
     found = ev.operator_profile(packed, [example])
     assert found["operator"] == "sparse_pathways::bcsr_linear"
     assert found["calls"] >= segments * 2 * 5  # two layers of five products each, besides the predictor's
-    assert 0 < found["share"] < 1 and len(found["top"]) == 6
+    assert 0 < found["share"] < 1 and len(found["top"]) in (6, 7)
     dense = ev.operator_profile(recogniser, [example])
     assert (dense["calls"], dense["share"]) == (0, 0)
 

@@ -114,6 +114,17 @@ def test_packed_file_opens_and_says_the_same(pruned, packed_file, sound):
     assert offline(opened, wave, "fr") == offline(pruned, wave, "fr")
 
 
+def test_opened_for_one_language(packed_file, sound):
+    whole, french = open_model(packed_file), open_model(packed_file, "fr")
+    wave = sound(2.0, seed=12)
+    assert sp.pathways(french) == ("fr",) and sp.pathways(whole) == ("en", "fr")
+    assert offline(french, wave, "fr") == offline(whole, wave, "fr")
+    with pytest.raises(ValueError, match="language = 'en' has no pathway in this model; it was loaded with fr"):
+        Streamer(french, "en")  # not by the mask of another language
+    with pytest.raises(ValueError, match="choose one of en, fr"):
+        open_model(packed_file, "de")
+
+
 def test_packed_copy_leaves_the_model_alone(pruned):
     keys = list(pruned.state_dict())
     twin = packed_copy(pruned)

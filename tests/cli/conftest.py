@@ -22,15 +22,6 @@ SIZES = ModelConfig(
 )
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Products this small only get slower by sharing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def model_file(tmp_path_factory):
     torch.manual_seed(0)

@@ -107,6 +107,7 @@ def test_evaluate_and_report(runs, capsys):
     assert dynamic["density"] == pytest.approx({"en": 0.5, "fr": 0.5}, abs=0.01)
     assert lap["overlap"] == [[1.0, 1.0], [1.0, 1.0]] and 0 < dynamic["overlap"][0][1] < 1
     assert results["corpus"]["utterances"] == {"en": 3, "fr": 3}
+    assert [set(one["texts"]) for one in results["transcripts"]] == [{"dense", "lap50", "dynamic50"}] * 2
     assert dynamic["bytes"] == (runs / "model.safetensors").stat().st_size and len(results["speed"]) == 7
 
     run("report", runs)

@@ -75,6 +75,9 @@ def run(tmp_path):
             made_up_model("lap70", "shared", 0.12, 0.3),
             made_up_model("dynamic70", "pathways", 0.09, 0.3, share=0.62),
         ],
+        "transcripts": [
+            {"language": "fr", "reference": "bonjour <monde>", "texts": {"dense": "bon jour", "lap70": ""}}
+        ],
         "latency": {"pinned": "one thread, pinned to core 1", "utterances": 24, "repeats": 3},
         "speed": [
             results.Speed(
@@ -114,7 +117,7 @@ def test_page_stands_alone_and_holds_every_picture(run):
     assert page.count("<figcaption>") == 6
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "sparse_pathways::bcsr_linear ran 586 times and took 18.0 %" in page
-    assert "dynamic70" in page
+    assert "dynamic70" in page and "<td>bonjour &lt;monde&gt;</td>" in page and "<td>bon jour</td>" in page
 
 
 def test_page_without_logs_and_times(run):
