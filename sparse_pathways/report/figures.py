@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from sparse_pathways.report.results import ModelResult, Speed, best_dense
 from sparse_pathways.report.speed import best_dense_us
+from sparse_pathways.report.tables import short
 
 COLOURS = ("#33658a", "#f26419", "#2f9c6a", "#8f5ea8", "#c0392b", "#7f8c8d", "#b8860b", "#1b998b")
 
@@ -212,14 +213,6 @@ def layer_speeds(speeds: Sequence[Speed]) -> Figure | None:
     axes.set_ylabel("speed-up over dense")
     _legend_beside(axes)
     return figure
-
-
-def short(layer: str) -> str:
-    """A layer's name without the parts that all layers share."""
-    for prefix in ("rnnt.transcriber.transformer.emformer_layers.", "rnnt."):
-        if layer.startswith(prefix):
-            return layer.removeprefix(prefix).replace("attention.", "")
-    return layer
 
 
 def _plain(axes: Axes, across: str = "y") -> Axes:

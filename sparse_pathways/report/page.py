@@ -82,8 +82,8 @@ def _pictures(results: dict[str, Any], logs: dict[str, Any]) -> list[Picture]:
             "Training and pruning, step by step",
             "Left: training of the dense model; right: pruning runs, which start from a trained model, each with its "
             "own step 0. Where the sparsity rises the loss jumps and then recovers; what is left at the end is the "
-            "price of pruning. The dense loss steps up where the RNN-T loss joins the CTC loss. Overlap: mean over every "
-            "two languages; pathways that adapt move apart until their masks are fixed.",
+            "price of pruning. The dense loss steps up where the RNN-T loss joins the CTC loss. Overlap: mean over "
+            "every two languages; pathways that adapt move apart until their masks are fixed.",
             figures.progress(logs, colours),
         ),
         (

@@ -68,7 +68,7 @@ def speed_table(speeds: Sequence[Speed]) -> Table:
         prepacked = speed["prepacked_us"]
         table.append(
             [
-                speed["layer"],
+                short(speed["layer"]),
                 f"{speed['outputs']} x {speed['inputs']}",
                 percent(speed["density"]),
                 str(speed["rows"]),
@@ -79,6 +79,14 @@ def speed_table(speeds: Sequence[Speed]) -> Table:
             ]
         )
     return table
+
+
+def short(layer: str) -> str:
+    """A layer's name without the parts that all layers share."""
+    for prefix in ("rnnt.transcriber.transformer.emformer_layers.", "rnnt."):
+        if layer.startswith(prefix):
+            return layer.removeprefix(prefix).replace("attention.", "")
+    return layer
 
 
 def percent(share: float, digits: int = 1) -> str:
