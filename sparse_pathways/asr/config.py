@@ -35,12 +35,14 @@ class ModelConfig:
         right_context_frames: Input frames of look-ahead after a segment; a multiple of stride.
         stride: Input frames joined into one encoder frame (8: 80 ms).
         left_context: Encoder frames of past that attention may look at.
-        dropout: Dropout in the encoder.
+        dropout: Dropout in the encoder; a run of a few epochs has no use for it, a long one wants 0.1.
         encoding: Width of the vectors that encoder and predictor give to the joiner.
         embedding: Width of the predictor (symbol embedding and LSTM).
         lstm_layers: LSTM layers of the predictor.
         predictor_dropout: Dropout after each LSTM layer.
-        vocab: Sentence pieces wanted, without the blank; a small corpus may yield fewer.
+        vocab: Sentence pieces wanted, without the blank; a small corpus may yield fewer. Fewer pieces make longer
+            targets, and the CTC loss needs more encoder frames than pieces: 128 would be too few for a fifth of the
+            synthetic sentences.
     """
 
     d_model: int = 256
@@ -51,12 +53,12 @@ class ModelConfig:
     right_context_frames: int = 8
     stride: int = 8
     left_context: int = 15
-    dropout: float = 0.1
+    dropout: float = 0.0
     encoding: int = 256
     embedding: int = 256
     lstm_layers: int = 1
     predictor_dropout: float = 0.2
-    vocab: int = 128
+    vocab: int = 192
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "d_model", "heads", "ffn", "layers", "segment_frames", "right_context_frames", "stride")
@@ -108,8 +110,8 @@ class CorpusConfig:
     rate: tuple[int, int] = (140, 210)
     pitch: tuple[int, int] = (30, 70)
     pitch_range: tuple[int, int] = (30, 70)
-    noise_db: tuple[float, float] = (20.0, 40.0)
-    level_db: tuple[float, float] = (3.0, 12.0)
+    noise_db: tuple[float, float] = (30.0, 50.0)
+    level_db: tuple[float, float] = (3.0, 9.0)
     seed: int = 0
     workers: int = 2
 

@@ -58,8 +58,8 @@ class Run:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
-        # CTC-only steps leave predictor and joiner without gradients; masks are decided alike on every rank
-        ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+        # CTC-only steps leave predictor and joiner without gradients
+        ddp = DistributedDataParallelKwargs(find_unused_parameters=getattr(config, "ctc_only_steps", 0) > 0)
         self._accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),  # else accelerate does not see that torchrun started several
             mixed_precision=config.mixed_precision,
