@@ -49,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
-        from sparse_pathways.cli.parsing import USER_ERRORS, word_error
+        from sparse_pathways.cli.parsing import is_users, word_error
 
-        if debug or not isinstance(error, USER_ERRORS):
+        if debug or not is_users(error):
             raise
         print(f"sparse-pathways: {word_error(error)}", file=sys.stderr)
         return 2

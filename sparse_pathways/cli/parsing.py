@@ -8,21 +8,6 @@ from typing import Any, TypeVar
 
 import jsonargparse
 
-from sparse_pathways.checks import BackendUnavailable
-
-USER_ERRORS = (
-    ValueError,
-    TypeError,
-    KeyError,
-    OSError,
-    ImportError,
-    FloatingPointError,
-    BackendUnavailable,
-    argparse.ArgumentError,
-)
-"""What a user can cause, `sp.FormatError` and `AudioError` (ValueErrors) among them; a FloatingPointError is a loss
-that diverged; anything else is our bug."""
-
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 Config = TypeVar("Config")
@@ -69,6 +54,17 @@ def add_config_options(parser: Parser, config_class: type) -> None:
         "--config", action="config", help="YAML file with any of the options below; options typed here win over it"
     )
     parser.add_class_arguments(config_class)
+
+
+def is_users(error: Exception) -> bool:
+    """Whether a user can cause this error, rather than a bug of ours.
+
+    `sp.FormatError` and `AudioError` are ValueErrors; a FloatingPointError is a loss that diverged.
+    """
+    from sparse_pathways.checks import BackendUnavailable  # here, because it imports torch, which help does not need
+
+    kinds = (ValueError, TypeError, KeyError, OSError, ImportError, FloatingPointError, argparse.ArgumentError)
+    return isinstance(error, (*kinds, BackendUnavailable))
 
 
 def is_first_process() -> bool:
