@@ -34,7 +34,7 @@ from .model import Recogniser
 
 LOG = "log.jsonl"
 LOG_EVERY = 20  # steps
-_AGREE_EVERY = 10  # steps between two questions to all processes whether one was asked to stop
+_AGREE_EVERY = 4  # steps between two questions to all processes whether one was asked to stop
 _MAY_DIFFER = {"data", "start", "out", "threads", "eval_every", "checkpoint_every", "progress"}  # between sittings
 
 
@@ -206,7 +206,7 @@ class _Fit:
             disable=not (config.progress and self.accelerator.is_main_process),
         )
         self.model.train()
-        with bar, _stop_signals() as stop:
+        with bar, _stop_signals(alone=self.accelerator.num_processes == 1) as stop:
             while self.step < config.steps:
                 self.one_step()
                 bar.update()
@@ -322,8 +322,12 @@ def _mean_overlap(model: Recogniser) -> float:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT (Ctrl-C) and SIGTERM set; the second signal acts as if nobody were listening."""
+def _stop_signals(alone: bool) -> Iterator[threading.Event]:
+    """An event that SIGINT (Ctrl-C) and SIGTERM set.
+
+    A second signal acts as if nobody were listening, if the process is alone. One of several hears every Ctrl-C twice,
+    from the terminal and from torchrun, which kills by itself what does not end in time.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may listen
         yield stop
@@ -332,8 +336,9 @@ def _stop_signals() -> Iterator[threading.Event]:
 
     def heard(number: int, frame: Any) -> None:
         stop.set()
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if alone:
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
     for number in before:
         signal.signal(number, heard)

@@ -124,6 +124,19 @@ def test_interrupted_and_resumed_equals_straight(dense_config, tmp_path, monkeyp
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_second_signal_is_obeyed_at_once_by_a_process_that_is_alone():
+    with pytest.raises(KeyboardInterrupt), loop._stop_signals(alone=True) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        signal.raise_signal(signal.SIGINT)
+    with loop._stop_signals(alone=False) as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.is_set()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize("method", ["dynamic_asr_pathways", "lap", "gradual"])
 def test_interrupted_and_resumed_pruning_equals_straight(prune_config, tmp_path, monkeypatch, method):
     straight = replace(prune_config, method=method)
