@@ -57,8 +57,9 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
     try:
-        # save_file would make a file that only its owner may read.
-        temporary.write_bytes(save(whole, {"format": FORMAT, FORMAT: json.dumps(header)}))
+        # save_file would make a file that only its owner may read; a second metadata key would make its bytes differ
+        # from one run to the next.
+        temporary.write_bytes(save(whole, {FORMAT: json.dumps(header)}))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

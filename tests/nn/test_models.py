@@ -96,7 +96,9 @@ def test_file_round_trip(dtype, rng, tmp_path):
     if dtype == torch.bfloat16:
         packed, x = packed.to(dtype), x.to(dtype)
     sp.save_packed(packed, tmp_path / "m.safetensors")
-    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    sp.save_packed(packed, tmp_path / "again.safetensors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.safetensors", "m.safetensors"]
+    assert (tmp_path / "m.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
     dense = nn.Sequential(nn.Linear(29, 37), nn.ReLU(), nn.Linear(37, 16), nn.LayerNorm(16))
     loaded = sp.load_packed(tmp_path / "m.safetensors", dense.to(x.dtype))
     assert not loaded.training
