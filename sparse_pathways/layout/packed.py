@@ -42,6 +42,7 @@ class PackedWeight:
         pathways: names, in the order of a mixed batch's indices.
         values: `[nnz, C, R]`, R contiguous.
         scale: float32 `[NB * R]`, one per output, for int8 values; else None.
+        device: where the tensors are.
         indices: one BlockIndex per pathway.
     """
 
@@ -50,6 +51,7 @@ class PackedWeight:
     ):
         """Index `values` (the union's blocks in row order) by `masks`, {name: bool `[NB, KB]`}."""
         self.shape, self.block, self.values, self.scale = shape, block, values, scale
+        self.device = values.device
         self.pathways = tuple(masks)
         stacked = torch.stack(list(masks.values()))
         union = stacked.any(0)
@@ -111,11 +113,6 @@ class PackedWeight:
         return self.values.dtype
 
     @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.values.device
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all tensors: values, scales and index lists."""
         return sum(t.numel() * t.element_size() for t in self._tensors() if t is not None)
@@ -170,6 +167,7 @@ class PackedWeight:
         moved = object.__new__(PackedWeight)
         moved.shape, moved.block, moved.pathways = self.shape, self.block, self.pathways
         moved.values = convert(self.values)
+        moved.device = moved.values.device
         moved.scale = None if self.scale is None else convert(self.scale)
         moved.indices = tuple(
             BlockIndex(convert(crow), convert(col), None if pos is None else convert(pos))

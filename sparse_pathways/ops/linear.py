@@ -137,10 +137,18 @@ def linear(
     """`bcsr_linear` by the selected backend: `x [M, K]` contiguous -> `[M, n]`."""
     if _use_reference(values):
         return reference_linear(x, values, crow, col, pos, bias, n)
+    return _kernel(x, values, crow, col, pos, bias, n)
+
+
+def _kernel(
+    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, pos: Tensor | None, bias: Tensor | None, n: int
+) -> Tensor:
+    """The operator, past its autograd formula where no gradient is wanted: it is Python and costs as much as a kernel."""
+    if torch.is_inference_mode_enabled():
+        return _bcsr_linear(x, values, crow, col, pos, bias, n)
     wants_grad = x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     if (wants_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return _bcsr_linear(x, values, crow, col, pos, bias, n)
-    # An autograd formula registered in Python costs 4 us even where no gradient is wanted; the kernel takes 1 to 10.
     with torch._C._AutoDispatchBelowAutograd():
         return _bcsr_linear(x, values, crow, col, pos, bias, n)
 
@@ -174,7 +182,9 @@ def _product(x: Tensor, packed: PackedWeight, index: BlockIndex, bias: Tensor | 
     if packed.scale is not None:
         y = reference_linear(x, values.to(x.dtype), *index, None, n) * packed.scale[:n]
         return y if bias is None else y + bias
-    return linear(x, values, *index, bias, n)
+    if backends.select(packed.device.type, values.dtype, packed.block) == "reference":
+        return reference_linear(x, values, *index, bias, n)
+    return _kernel(x, values, *index, bias, n)
 
 
 def _mixed(x: Tensor, packed: PackedWeight, rows: Tensor, bias: Tensor | None) -> Tensor:
@@ -230,9 +240,9 @@ def sparse_linear(
         raise TypeError(f"x.dtype = {x.dtype}; packed is {packed.dtype} and takes x in {wanted}")
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x has shape {tuple(x.shape)}; packed {packed.shape} takes [..., {k}]")
-    if x.device != packed.values.device:
-        raise ValueError(f"x is on {x.device}, packed on {packed.values.device}; move one of them")
-    if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != wanted or bias.device != x.device):
+    if x.device != packed.device:
+        raise ValueError(f"x is on {x.device}, packed on {packed.device}; move one of them")
+    if bias is not None and (bias.shape != (n,) or bias.dtype != wanted or bias.device != x.device):
         raise ValueError(
             f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}; want {wanted} ({n},) on {x.device}"
         )
