@@ -143,11 +143,11 @@ def linear(
 def _kernel(
     x: Tensor, values: Tensor, crow: Tensor, col: Tensor, pos: Tensor | None, bias: Tensor | None, n: int
 ) -> Tensor:
-    """The operator, past its autograd formula where no gradient is wanted: it is Python and costs as much as a kernel."""
-    if torch.is_inference_mode_enabled():
+    """The operator, past its autograd formula where no gradient is wanted: that is Python and slower than a kernel."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return _bcsr_linear(x, values, crow, col, pos, bias, n)
     wants_grad = x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
-    if (wants_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    if wants_grad and torch.is_grad_enabled():
         return _bcsr_linear(x, values, crow, col, pos, bias, n)
     with torch._C._AutoDispatchBelowAutograd():
         return _bcsr_linear(x, values, crow, col, pos, bias, n)
