@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sparse_pathways.checks import BackendUnavailable
 from sparse_pathways.ops import backends, library
 
 
@@ -29,6 +30,13 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _cpu_backend() -> str:
+    try:
+        return backends.select("cpu", torch.float32, (8, 1))
+    except BackendUnavailable as error:
+        return f"none: {error}"
+
+
 def env() -> dict[str, Any]:
     """Machine, versions and backends, as a JSON-able dict for reports and bug reports."""
     return {
@@ -42,6 +50,6 @@ def env() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_kernels": "loaded" if library.MISSING is None else library.MISSING,
-        "cpu_backend": backends.select("cpu", torch.float32, (8, 1)),
+        "cpu_backend": _cpu_backend(),
         "forced_backend": os.environ.get(backends.VARIABLE) or None,
     }

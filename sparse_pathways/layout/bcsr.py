@@ -94,7 +94,7 @@ class BlockLayout:
     def density(self) -> float:
         """Kept share of the block grid, in [0, 1]."""
         blocks, columns = grid(self.shape, self.block)
-        return self.num_blocks / (blocks * columns)
+        return self.num_blocks / (blocks * columns) if blocks * columns else 1.0
 
     def to_mask(self) -> Tensor:
         """The bool block mask `[NB, KB]` again."""
@@ -115,5 +115,6 @@ class BlockLayout:
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
+        device = torch.device(device)
         lists = (self.crow, self.col, self.crow_t, self.row_t, self.pos_t)
         return BlockLayout(self.shape, self.block, *(t.to(device) for t in lists))

@@ -113,6 +113,11 @@ class PackedWeight:
         return self.values.dtype
 
     @property
+    def x_dtype(self) -> torch.dtype:
+        """Dtype of the activations that a product with this weight takes."""
+        return self.values.dtype if self.scale is None else torch.float32
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors: values, scales and index lists."""
         return sum(t.numel() * t.element_size() for t in self._tensors() if t is not None)
@@ -168,7 +173,7 @@ class PackedWeight:
         moved.shape, moved.block, moved.pathways = self.shape, self.block, self.pathways
         moved.values = convert(self.values)
         moved.device = moved.values.device
-        moved.scale = None if self.scale is None else convert(self.scale)
+        moved.scale = None if self.scale is None else self.scale.to(moved.values.device)
         moved.indices = tuple(
             BlockIndex(convert(crow), convert(col), None if pos is None else convert(pos))
             for crow, col, pos in self.indices
@@ -177,6 +182,7 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same packed weight on another device."""
+        device = torch.device(device)
         return self._apply(lambda t: t.to(device))
 
     def __repr__(self) -> str:
@@ -192,7 +198,7 @@ def _quantise(values: Tensor, crow: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("weight has kept values that are NaN or infinite; int8 cannot hold them")
     rows = block_rows(crow, values.shape[0])
     peak = values.abs().float().amax(1)  # [nnz, R]
-    largest = torch.zeros(crow.numel() - 1, values.shape[2], device=values.device)
+    largest = torch.zeros(crow.numel() - 1, values.shape[2], dtype=torch.float32, device=values.device)
     largest.scatter_reduce_(0, rows[:, None].expand_as(peak), peak, "amax")
-    scale = torch.where(largest > 0, largest / 127, 1.0)
+    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
     return torch.round(values.float() / scale[rows][:, None, :]), scale.flatten()

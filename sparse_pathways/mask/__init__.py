@@ -1,6 +1,6 @@
 """Numbers to decisions: block scores, block masks, sparsity schedules. Pure functions on tensors."""
 
-from sparse_pathways.mask.block_mask import expand_mask, iou, pack_bits, unpack_bits
+from sparse_pathways.mask.block_mask import expand_mask, pack_bits, unpack_bits
 from sparse_pathways.mask.schedule import Constant, Cubic, Milestones, Schedule
 from sparse_pathways.mask.score import block_scores, block_sums
 from sparse_pathways.mask.select import topk_mask
@@ -13,7 +13,6 @@ __all__ = [
     "block_scores",
     "block_sums",
     "expand_mask",
-    "iou",
     "pack_bits",
     "topk_mask",
     "unpack_bits",

@@ -1,4 +1,4 @@
-"""Block masks as data: bits for storage, elementwise for reference products, overlap between pathways."""
+"""Block masks as data: bits for storage, elementwise for reference products."""
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,3 @@ def unpack_bits(bits: Tensor, n: int) -> Tensor:
     """Inverse of `pack_bits`: uint8 `[..., ceil(n / 8)]` to bool `[..., n]`."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :n].bool()
-
-
-def iou(first: Tensor, second: Tensor) -> float:
-    """Intersection over union of two block masks; 1.0 when both are empty."""
-    union = int((first | second).sum())
-    return int((first & second).sum()) / union if union else 1.0

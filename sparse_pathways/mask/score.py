@@ -1,5 +1,6 @@
 """Weight to block score: one number per block, higher = keep."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -44,4 +45,8 @@ def block_scores(weight: Tensor, block: Block = (8, 1), norm: str = "l1") -> Ten
     if norm not in NORMS:
         raise ValueError(f"norm = {norm!r}; choose one of {', '.join(NORMS)}")
     weight = check_matrix("weight", weight).detach()
-    return block_sums(weight.abs(), block) if norm == "l1" else block_sums(weight.square(), block).sqrt()
+    if norm == "l1":
+        return block_sums(weight.abs(), block)
+    # The square of a half-precision weight overflows from 256 on.
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    return block_sums(wide.square(), block).sqrt().to(weight.dtype)

@@ -32,7 +32,17 @@ def _replace(model: nn.Module, choose: Callable[[str, nn.Module], nn.Module | No
             return new
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
+    _leave_fused_paths(model)
     return model
+
+
+def _leave_fused_paths(model: nn.Module) -> None:
+    """Torch's fused encoder inference reads `linear1.weight` and `linear2.weight` directly, which ignores masks."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, Layer) for m in module.children()):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, Layer) for m in module.modules()):
+            module.use_nested_tensor = False
 
 
 def sparse_layers(model: nn.Module) -> dict[str, Layer]:
@@ -45,6 +55,17 @@ def sparse_layers(model: nn.Module) -> dict[str, Layer]:
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no sparse layers; convert it with sparsify_(model) first")
     return layers
+
+
+def _check_plain(name: str, module: nn.Linear) -> None:
+    """Refuse what a swap would lose."""
+    if "weight" not in module._parameters:
+        raise ValueError(
+            f"layer {name}: its weight is computed (weight_norm, prune, a parametrization); make it a plain Parameter "
+            "first, or leave the layer out by filter_fn"
+        )
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise ValueError(f"layer {name} has hooks, which would be lost; convert the model before adding them")
 
 
 def sparsify_(
@@ -66,7 +87,7 @@ def sparsify_(
         The model.
 
     Raises:
-        ValueError: nothing was chosen.
+        ValueError: nothing was chosen; a chosen layer has hooks or a computed weight.
     """
     block, names = check_block(block), check_names(pathways)
     swapped: list[str] = []
@@ -75,6 +96,7 @@ def sparsify_(
         if type(module) is not nn.Linear or (filter_fn is not None and not filter_fn(module, name)):
             return None
         swapped.append(name)
+        _check_plain(name, module)
         return SparseLinear.from_linear(module, block=block, pathways=names)
 
     model = _replace(model, choose)  # type: ignore[assignment]
@@ -82,11 +104,8 @@ def sparsify_(
         raise ValueError(
             f"sparsify_ found no nn.Linear to convert in {type(model).__name__}"
             + ("; filter_fn accepted none" if filter_fn is not None else "")
+            + ("; it is sparse already" if any(isinstance(m, Layer) for m in model.modules()) else "")
         )
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.linear1, SparseLinear):
-            # Its fused inference path reads linear1.weight directly, which would ignore the mask; 0 switches it off.
-            module.activation_relu_or_gelu = 0
     return model
 
 
@@ -101,7 +120,10 @@ def set_pathway(model: nn.Module, name: str) -> None:
     Raises:
         KeyError: a layer does not know the name; no layer is switched then.
     """
-    layers = sparse_layers(model).values()
+    _activate(sparse_layers(model).values(), name)
+
+
+def _activate(layers: Iterable[Layer], name: str) -> None:
     for layer in layers:
         if name not in layer.pathways:
             raise unknown_pathway(name, layer.pathways)
@@ -113,7 +135,7 @@ def set_pathway(model: nn.Module, name: str) -> None:
 def pathway(model: nn.Module, name: str) -> Iterator[None]:
     """`set_pathway` inside a with block; the former pathways return on exit, also after an exception. Nests."""
     before = [(layer, layer.active) for layer in sparse_layers(model).values()]
-    set_pathway(model, name)
+    _activate([layer for layer, _ in before], name)
     try:
         yield
     finally:
@@ -217,6 +239,9 @@ def explain(layer: Layer | PackedWeight, rows: int) -> str:
         blocks, columns = grid((layer.out_features, layer.in_features), layer.block)
         if layer.layout().num_blocks == blocks * columns:
             return "dense: nothing is pruned in the active pathway, so F.linear is the fastest product"
-        return f"{rows} rows: " + explain_product(layer.weight.device.type, layer.weight.dtype, layer.block)
+        return (
+            f"{rows} rows: {explain_product(layer.weight.device.type, layer.weight.dtype, layer.block)}; "
+            "for training: values are gathered from the dense weight at every call, pack_ the model to infer"
+        )
     packed = layer.packed if isinstance(layer, PackedLinear) else layer
     return f"{rows} rows: " + explain_product(packed.device.type, packed.dtype, packed.block)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from sparse_pathways.checks import FormatError, check_names, grid, unknown_pathway
 from sparse_pathways.layout import PackedWeight
-from sparse_pathways.mask import pack_bits, unpack_bits
+from sparse_pathways.layout.packed import DTYPES
+from sparse_pathways.mask import unpack_bits
 from sparse_pathways.nn.convert import _replace, sparse_layers
 from sparse_pathways.nn.linear import PackedLinear, SparseLinear
 
@@ -41,20 +42,15 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the model has no packed layers, or still has a SparseLinear.
     """
     layers = sparse_layers(model)
-    tensors = {key: value for key, value in model.state_dict().items()}
     described = {}
     for name, layer in layers.items():
         if not isinstance(layer, PackedLinear):
             raise ValueError(f"layer {name} is not packed; call pack_(model) or pack(model) first")
         packed = layer.packed
-        prefix = f"{name}." if name else ""
-        masks = torch.stack([packed.mask(one).flatten() for one in packed.pathways])
-        stored = {"values": packed.values, "block_mask": pack_bits(masks), "scale": packed.scale, "bias": layer.bias}
-        tensors.update({prefix + key: value for key, value in stored.items() if value is not None})
         described[name] = {"shape": packed.shape, "block": packed.block, "pathways": packed.pathways}
     header = {"version": VERSION, "layers": described, "config": getattr(model, "packed_config", None)}
     # safetensors refuses tensors that share memory; contiguous clones are what it wants.
-    whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    whole = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
     try:
         # save_file would make a file that only its owner may read; a second metadata key would make its bytes differ
@@ -80,7 +76,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
                 raise FormatError(path, f"format version {header['version']}; this package reads {VERSION}")
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             return {"layers": dict(header["layers"]), "config": header["config"]}, tensors
-    except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except FormatError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise FormatError(path, f"not a packed model, or truncated ({error})") from error
 
 
@@ -96,15 +94,15 @@ def _layer(path: str | os.PathLike[str], name: str, entry: dict[str, Any], tenso
         blocks, columns = grid(shape, block)  # type: ignore[arg-type]
         if bits.dtype != torch.uint8 or tuple(bits.shape) != (len(names), -(-blocks * columns // 8)):
             raise ValueError(f"block_mask is {bits.dtype} {tuple(bits.shape)}")
-        if values.dim() != 3 or tuple(values.shape[1:]) != (block[1], block[0]):
-            raise ValueError(f"values have shape {tuple(values.shape)}")
+        if values.dim() != 3 or tuple(values.shape[1:]) != (block[1], block[0]) or values.dtype not in DTYPES:
+            raise ValueError(f"values are {values.dtype} {tuple(values.shape)}")
         scale, bias = tensors.pop(prefix + "scale", None), tensors.pop(prefix + "bias", None)
         if (values.dtype == torch.int8) != (scale is not None):
             raise ValueError("int8 values and a scale belong together")
-        if scale is not None and tuple(scale.shape) != (blocks * block[0],):
-            raise ValueError(f"scale has shape {tuple(scale.shape)}")
-        if bias is not None and tuple(bias.shape) != (shape[0],):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}")
+        if scale is not None and (tuple(scale.shape) != (blocks * block[0],) or scale.dtype != torch.float32):
+            raise ValueError(f"scale is {scale.dtype} {tuple(scale.shape)}")
+        if bias is not None and (tuple(bias.shape) != (shape[0],) or not bias.is_floating_point()):
+            raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}")
         masks = unpack_bits(bits, blocks * columns).view(len(names), blocks, columns)
         packed = PackedWeight(shape, block, values, scale, dict(zip(names, masks, strict=True)))  # type: ignore[arg-type]
         return PackedLinear(packed, bias)
@@ -170,9 +168,18 @@ def load_packed(
     left = [n for n, m in present.items() if isinstance(m, SparseLinear | PackedLinear) and n not in layers]
     if left:
         raise FormatError(path, f"does not fit the model: sparse layer {left[0]} is not in the file")
+    owned = tuple(f"{name}." if name else "" for name in layers)
+    rest = {key: value for key, value in model.state_dict().items() if not key.startswith(owned)}
+    for key in [*rest, *tensors]:  # before anything is replaced: a model that does not fit stays as it was
+        if key not in tensors or key not in rest:
+            raise FormatError(
+                path, f"does not fit the model: {key} is only in the {'model' if key in rest else 'file'}"
+            )
+        if rest[key].shape != tensors[key].shape:
+            raise FormatError(
+                path,
+                f"does not fit the model: {key} is {tuple(rest[key].shape)}, in the file {tuple(tensors[key].shape)}",
+            )
     model = _replace(model, lambda name, module: layers.get(name))
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise FormatError(path, f"does not fit the model: {error}") from error
+    model.load_state_dict(tensors, strict=False)  # the packed layers have theirs already
     return model.eval()

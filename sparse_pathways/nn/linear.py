@@ -14,16 +14,13 @@ from sparse_pathways.mask import pack_bits, unpack_bits
 from sparse_pathways.ops import masked_linear, sparse_linear
 
 
-def _version(tensor: Tensor) -> int:
-    """Counts in-place writes to a tensor; inference tensors do not count."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
 class SparseLinear(nn.Linear):
     """`nn.Linear` with block masks: one dense `weight`, one mask per pathway, one pathway active at a time.
 
-    Keys are those of nn.Linear plus the buffer `block_mask` (uint8 `[pathways, ceil(NB * KB / 8)]`, one bit per block),
-    so a dense checkpoint loads (masks stay as they are) and `to_linear` goes back.
+    Keys are those of nn.Linear plus the buffer `block_mask` (uint8 `[pathways, ceil(NB * KB / 8)]`, one bit per block,
+    in the order of `pathways`), so a dense checkpoint loads (masks stay as they are) and `to_linear` goes back. Writes
+    into the buffer by others (EMA, DDP) are seen at the next forward; a compiled model sees them after a call of
+    `layout()`. An average over masks means nothing: give EMA `use_buffers=False`.
 
     Attributes:
         weight: Parameter `[out_features, in_features]`, dense; pruned values are kept and never read.
@@ -123,36 +120,56 @@ class SparseLinear(nn.Linear):
         """
         check_mask(mask, self.block, (self.out_features, self.in_features))
         rows = range(len(self.pathways)) if pathway is None else (self._index(pathway),)
-        mask = mask.to(self.block_mask.device)
-        layout = BlockLayout.from_mask(mask, self.block, (self.out_features, self.in_features))
-        bits = pack_bits(mask.flatten())
-        with torch.no_grad():
+        # Index lists made under inference_mode could not be saved for a later backward.
+        with torch.inference_mode(False), torch.no_grad():
+            mask = mask.to(self.block_mask.device)
+            layout = BlockLayout.from_mask(mask, self.block, (self.out_features, self.in_features))
+            if self.block_mask.is_inference():
+                self.block_mask = self.block_mask.clone()
+            bits = pack_bits(mask.flatten())
             for row in rows:
                 self.block_mask[row] = bits
                 self._layouts[row] = layout
-        self._seen_bits, self._seen_version = self.block_mask.clone(), _version(self.block_mask)
+            self._remember()
         return self
 
     def _build_layouts(self) -> None:
         shape = (self.out_features, self.in_features)
         built: dict[bytes, BlockLayout] = {}
         self._layouts = []
-        for name, bits in zip(self.pathways, self.block_mask, strict=True):
-            key = b"meta" if bits.is_meta else bits.cpu().numpy().tobytes()
-            if key not in built:
-                mask = torch.ones(self._grid, dtype=torch.bool) if bits.is_meta else self.mask(name)
-                built[key] = BlockLayout.from_mask(mask, self.block, shape)
-            self._layouts.append(built[key])
-        self._seen_bits, self._seen_version = self.block_mask.clone(), _version(self.block_mask)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, bits in zip(self.pathways, self.block_mask, strict=True):
+                key = b"meta" if bits.is_meta else bits.cpu().numpy().tobytes()
+                if key not in built:
+                    full = torch.ones(self._grid, dtype=torch.bool, device="cpu")
+                    built[key] = BlockLayout.from_mask(full if bits.is_meta else self.mask(name), self.block, shape)
+                self._layouts.append(built[key])
+            self._remember()
+
+    def _remember(self) -> None:
+        """The buffer that the layouts were built from: the tensor, its count of in-place writes, and its bits."""
+        bits = self.block_mask
+        self._built_from = bits, None if bits.is_inference() else bits._version, bits.clone()
+
+    def _in_step(self) -> bool:
+        buffer, version, bits = self._built_from
+        if self.block_mask is buffer and version is not None and version == self.block_mask._version:
+            return True
+        same = bits.device == self.block_mask.device and torch.equal(bits, self.block_mask)
+        if same:
+            self._remember()
+        return same
+
+    def __setstate__(self, state):  # type: ignore[no-untyped-def]
+        super().__setstate__(state)
+        buffer, _, bits = self._built_from
+        self._built_from = buffer, None, bits  # a copied tensor counts its writes anew
 
     def layout(self, pathway: str | None = None) -> BlockLayout:
         """Index lists of one pathway (the active one by default), in step with its mask."""
         # The buffer can change behind our back: EMA copies into it, DDP broadcasts it before every forward.
-        if not torch.compiler.is_compiling() and self._seen_version != _version(self.block_mask):
-            if torch.equal(self._seen_bits, self.block_mask):
-                self._seen_version = _version(self.block_mask)
-            else:
-                self._build_layouts()
+        if not torch.compiler.is_compiling() and not self._in_step():
+            self._build_layouts()
         return self._layouts[self._index(pathway or self.active)]
 
     def pack(self, dtype: torch.dtype | None = None, pathways: Iterable[str] | None = None) -> PackedWeight:
@@ -175,7 +192,10 @@ class SparseLinear(nn.Linear):
                 "a dense checkpoint is loaded into a sparse model: weights are replaced, masks stay as they are",
                 stacklevel=2,
             )
-            state_dict = {**state_dict, prefix + "block_mask": self.block_mask}
+            bits = self.block_mask
+            if bits.is_meta:
+                bits = pack_bits(torch.ones(len(self.pathways), self._grid[0] * self._grid[1], dtype=torch.bool))
+            state_dict = {**state_dict, prefix + "block_mask": bits}
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._build_layouts()
 
@@ -203,7 +223,7 @@ class PackedLinear(nn.Module):
         """Hold `packed` and `bias`; `active` defaults to the first pathway."""
         super().__init__()
         self.packed = packed
-        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().to(packed.x_dtype))
         self.active = active or packed.pathways[0]
         packed.index(self.active)
 
@@ -227,9 +247,35 @@ class PackedLinear(nn.Module):
         return sparse_linear(x, self.packed, self.bias, pathway=self.active)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        super()._apply(fn, recurse)
         self.packed = self.packed._apply(fn)
+        if self.bias is not None:
+            self.bias = self.bias.to(self.packed.device, self.packed.x_dtype)
         return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        packed = self.packed
+        masks = torch.stack([packed.mask(one).flatten() for one in packed.pathways])
+        stored = {"values": packed.values, "block_mask": pack_bits(masks), "scale": packed.scale}
+        destination.update({prefix + key: value for key, value in stored.items() if value is not None})
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
+        own = {key: state_dict.get(prefix + key) for key in ("values", "block_mask", "scale")}
+        rest = {key: value for key, value in state_dict.items() if key[len(prefix) :] not in own}
+        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
+        absent = [prefix + key for key in ("values", "block_mask") if own[key] is None]
+        if absent:
+            missing.extend(absent)
+            return
+        try:
+            blocks, columns = grid(self.packed.shape, self.packed.block)
+            masks = unpack_bits(own["block_mask"], blocks * columns).view(len(self.pathways), blocks, columns)
+            named = dict(zip(self.pathways, masks, strict=True))
+            packed = PackedWeight(self.packed.shape, self.packed.block, own["values"], own["scale"], named)
+        except (RuntimeError, ValueError) as error:
+            errors.append(f"{prefix}: {error}")
+            return
+        self.packed = packed.to(self.packed.device)
 
     def extra_repr(self) -> str:
         """The packed weight and the active pathway."""

@@ -22,9 +22,6 @@ ISAS = ("portable", "avx2", "avx512")
 NAMES = ("reference", *ISAS, "triton")
 VARIABLE = "SPARSE_PATHWAYS_BACKEND"
 
-_CPU_DTYPES = (torch.float32, torch.float64)
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 _forced: str | None = None
 _isa: str | None = None  # the CPU kernels in use; None until the first product, or when they are missing
 _initialised = False
@@ -41,15 +38,16 @@ def _why_not(name: str, device: str, dtype: torch.dtype, block: Block) -> str | 
             return f"the CPU kernels are missing: {library.MISSING}"
         if ISAS.index(name) > torch.ops.sparse_pathways.max_isa():
             return "this CPU or operating system does not support it"
-        return None if dtype in _CPU_DTYPES else f"it has no {dtype} kernel"
+        if dtype == torch.float64:
+            return None if name == "portable" else "float64 has a portable kernel only"
+        return None if dtype == torch.float32 else f"it has no {dtype} kernel"
     if device != "cuda":
         return f"it runs on CUDA devices, the tensors are on {device}"
     if not _triton_installed():
         return "Triton is not installed"
-    if dtype not in _TRITON_DTYPES:
-        return f"it has no {dtype} kernel"
-    tiles = all(size >= 16 and size & (size - 1) == 0 for size in block)
-    return None if tiles else f"it needs block sizes that are powers of two from 16 on, not {block}"
+    from sparse_pathways.kernels.bcsr_linear import refusal  # imports Triton: only where it may run
+
+    return refusal(dtype, block)
 
 
 @functools.cache
@@ -111,8 +109,11 @@ def select(device: str, dtype: torch.dtype, block: Block) -> str:
         if reason is not None:
             raise BackendUnavailable(f"{VARIABLE} forces {_forced!r}, which cannot serve this product: {reason}")
         return _forced
-    if device == "cpu" and _isa is not None and dtype in _CPU_DTYPES:
-        return _isa
+    if device == "cpu" and _isa is not None:
+        if dtype == torch.float32:
+            return _isa
+        if dtype == torch.float64:
+            return "portable"
     if device == "cuda" and _why_not("triton", device, dtype, block) is None:
         return "triton"
     return "reference"

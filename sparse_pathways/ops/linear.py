@@ -98,6 +98,12 @@ def _fake_gather(weight, crow, col, r, c):  # type: ignore[no-untyped-def]
     return weight.new_empty(col.shape[0], c, r)
 
 
+def refuse_second_derivative() -> None:
+    """Called by the backward formulas: they are not differentiable themselves, and torch would only warn."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("a block-sparse product has no second derivative; leave out create_graph=True")
+
+
 # --- autograd -----------------------------------------------------------------------------------------------------
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, values, crow, col, pos, bias, _ = inputs
@@ -106,6 +112,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+    refuse_second_derivative()
     x, values, crow, col, pos = ctx.saved_tensors
     dy = dy.contiguous()
     dx = dvalues = None
@@ -179,10 +186,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def _product(x: Tensor, packed: PackedWeight, index: BlockIndex, bias: Tensor | None) -> Tensor:
     """`x [M, K]` contiguous -> `[M, N]` through the backend that serves it."""
     n, values = packed.shape[0], packed.values
+    backend = backends.select(packed.device.type, values.dtype, packed.block)
     if packed.scale is not None:
         y = reference_linear(x, values.to(x.dtype), *index, None, n) * packed.scale[:n]
         return y if bias is None else y + bias
-    if backends.select(packed.device.type, values.dtype, packed.block) == "reference":
+    if backend == "reference":
         return reference_linear(x, values, *index, bias, n)
     return _kernel(x, values, *index, bias, n)
 
@@ -207,6 +215,17 @@ def _check_rows(rows: Tensor, packed: PackedWeight, count: int) -> Tensor:
     return rows.to(packed.device)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast makes of a product on this device type; None where it is off."""
+    return torch.get_autocast_dtype(device) if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) else None
+
+
+def _outside_autocast(x, packed, bias, pathway, activation, residual, out):  # type: ignore[no-untyped-def]
+    x, residual = (t if t is None else t.to(packed.x_dtype) for t in (x, residual))
+    with torch.autocast(x.device.type, enabled=False):
+        return sparse_linear(x, packed, bias, pathway=pathway, activation=activation, residual=residual).to(out)
+
+
 def sparse_linear(
     x: Tensor,
     packed: PackedWeight,
@@ -219,7 +238,8 @@ def sparse_linear(
     """`activation(x @ W.T + bias) + residual`, W packed.
 
     Args:
-        x: `[..., K]`, any strides, in the dtype of `packed` (float32 for int8); not converted.
+        x: `[..., K]`, any strides, in the dtype of `packed` (float32 for int8); not converted. Under autocast it is
+            converted, and the result comes in autocast's dtype.
         packed: weight `[N, K]`.
         bias: `[N]`.
         pathway: a name, or a LongTensor `[rows]` of indices into `packed.pathways` (mixed-language batch); needed when
@@ -234,8 +254,14 @@ def sparse_linear(
         TypeError: wrong dtype. ValueError: wrong shape, device or activation. KeyError: unknown pathway.
         BackendUnavailable: a forced backend cannot serve this product.
     """
+    if not isinstance(packed, PackedWeight) or not isinstance(x, Tensor):
+        raise TypeError(
+            f"x is a {type(x).__name__}, packed a {type(packed).__name__}; want a Tensor and a PackedWeight"
+        )
+    if (out := autocast_dtype(x.device.type)) is not None:
+        return _outside_autocast(x, packed, bias, pathway, activation, residual, out)
     n, k = packed.shape
-    wanted = torch.float32 if packed.scale is not None else packed.values.dtype
+    wanted = packed.x_dtype
     if x.dtype != wanted:
         raise TypeError(f"x.dtype = {x.dtype}; packed is {packed.dtype} and takes x in {wanted}")
     if x.dim() == 0 or x.shape[-1] != k:
@@ -249,6 +275,8 @@ def sparse_linear(
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation = {activation!r}; choose one of {', '.join(ACTIVATIONS)} or None")
     flat = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
     if isinstance(pathway, Tensor):
         y = _mixed(flat, packed, _check_rows(pathway, packed, flat.shape[0]), bias)
     else:

@@ -9,7 +9,7 @@ from torch import Tensor
 from sparse_pathways.checks import grid
 from sparse_pathways.layout.bcsr import BlockLayout, block_rows
 from sparse_pathways.mask import expand_mask
-from sparse_pathways.ops.linear import gather, linear, linear_dx
+from sparse_pathways.ops.linear import autocast_dtype, gather, linear, linear_dx, refuse_second_derivative
 
 MASKED = "sparse_pathways::masked_linear"
 
@@ -38,6 +38,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+    refuse_second_derivative()
     x, weight, crow, col, crow_t, row_t, pos_t = ctx.saved_tensors
     dy = dy.contiguous()
     dx = dweight = None
@@ -64,7 +65,7 @@ def masked_linear(
     """`x @ (mask * weight).T + bias` for training; pruned weights are never read, so a NaN there cannot leak.
 
     Args:
-        x: `[..., K]`, in the dtype of weight.
+        x: `[..., K]`, in the dtype of weight (converted under autocast; the result comes in autocast's dtype).
         weight: dense Parameter `[N, K]`.
         layout: of the block mask, on the device of weight.
         bias: `[N]`.
@@ -79,6 +80,13 @@ def masked_linear(
 
     Source: dense_grad=True is variant A ("re-admit") of adaptive masking, arXiv 2309.13018 and PARP (2106.05933).
     """
+    if not isinstance(layout, BlockLayout):
+        raise TypeError(
+            f"layout is a {type(layout).__name__}; want a BlockLayout: BlockLayout.from_mask(mask, block, shape)"
+        )
+    if (out := autocast_dtype(x.device.type)) is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return masked_linear(x.to(weight.dtype), weight, layout, bias, dense_grad=dense_grad).to(out)
     n, k = layout.shape
     if tuple(weight.shape) != (n, k):
         raise ValueError(f"weight has shape {tuple(weight.shape)}; layout is of {(n, k)}")
@@ -88,13 +96,13 @@ def masked_linear(
         raise TypeError(f"x.dtype = {x.dtype}, weight.dtype = {weight.dtype}; they must be equal, and the bias too")
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; want ({n},)")
+    blocks, columns = grid(layout.shape, layout.block)
+    if layout.num_blocks == blocks * columns:
+        return F.linear(x, weight, bias)
     if not x.device == weight.device == layout.crow.device:
         raise ValueError(
             f"x is on {x.device}, weight on {weight.device}, layout on {layout.crow.device}; want one device"
         )
-    blocks, columns = grid(layout.shape, layout.block)
-    if layout.num_blocks == blocks * columns:
-        return F.linear(x, weight, bias)
     flat = x.reshape(-1, k).contiguous()
     y = torch.ops.sparse_pathways.masked_linear(
         flat,
@@ -104,7 +112,7 @@ def masked_linear(
         layout.crow_t,
         layout.row_t,
         layout.pos_t,
-        bias,
+        None if bias is None else bias.contiguous(),
         *layout.block,
         dense_grad,
     )

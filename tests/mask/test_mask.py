@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 
 import sparse_pathways as sp
-from sparse_pathways.mask import Constant, Cubic, Milestones, iou, pack_bits, unpack_bits
+from sparse_pathways.mask import Constant, Cubic, Milestones, pack_bits, unpack_bits
 
 
 def slow_scores(weight, block, norm):
@@ -73,12 +73,6 @@ def test_bits_round_trip(flags):
     bits = pack_bits(flags)
     assert bits.shape == (-(-len(flags) // 8),)
     assert torch.equal(unpack_bits(bits, len(flags)), flags)
-
-
-def test_iou():
-    first, second = torch.tensor([True, True, False]), torch.tensor([True, False, True])
-    assert iou(first, second) == pytest.approx(1 / 3)
-    assert iou(first & False, first & False) == 1.0
 
 
 def test_cubic_schedule_is_monotone_and_exact_at_its_ends():

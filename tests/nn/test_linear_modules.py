@@ -73,13 +73,59 @@ def test_torch_save_round_trip(rng):
     assert torch.equal(torch.load(buffer, weights_only=False)(x), layer(x))
 
 
-def test_mask_changed_through_the_buffer_is_seen(rng):
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m])
+@pytest.mark.parametrize("sets", [0, 1, 2, 3])
+def test_mask_changed_through_the_buffer_is_seen(sets, clone, rng):
     """EMA and DDP write into the buffer without calling set_mask_."""
-    first, second, x = random_layer(rng), random_layer(rng), torch.randn(3, 29)
-    average = torch.optim.swa_utils.AveragedModel(first, avg_fn=lambda old, new, count: new, use_buffers=True)
-    average.update_parameters(second)
-    average.update_parameters(second)
-    assert torch.equal(average(x), second(x))
+    layer, x = random_layer(rng), torch.randn(3, 29)
+    for _ in range(sets):
+        layer.set_mask_(torch.rand(5, 29, generator=rng) < 0.4, "fr")
+    layer = clone(layer)
+    for _ in range(4):
+        other = random_layer(rng)
+        with torch.no_grad():
+            layer.block_mask.copy_(other.block_mask)
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, masked(layer, "en"), layer.bias))
+        assert torch.equal(layer.masks["en"], other.masks["en"])
+
+
+def test_functional_call_uses_the_masks_it_is_given(rng):
+    layer, other, x = random_layer(rng), random_layer(rng), torch.randn(3, 29)
+    before = layer(x)
+    assert torch.equal(torch.func.functional_call(layer, dict(other.state_dict()), (x,)), other(x))
+    assert torch.equal(layer(x), before)
+
+
+def test_masks_set_under_inference_mode_can_be_trained_on(rng):
+    layer = sp.SparseLinear(29, 37)
+    with torch.inference_mode():
+        layer.set_mask_(torch.rand(5, 29) < 0.4)
+    layer(torch.randn(3, 29)).sum().backward()
+    assert torch.isfinite(layer.weight.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int8], ids=str)
+def test_packed_in_another_dtype_works_with_its_bias(dtype, rng):
+    layer = random_layer(rng)
+    packed = sp.pack(layer, dtype)
+    x = torch.randn(3, 29).to(packed.packed.x_dtype)
+    error = (packed(x).double() - layer(x.float()).double()).abs().max()
+    assert error < {torch.float64: 1e-5, torch.bfloat16: 0.1, torch.int8: 0.05}[dtype]
+    if dtype == torch.int8:
+        assert torch.equal(packed.to(torch.bfloat16)(x), packed(x))  # scales and bias stay float32
+
+
+def test_state_dict_of_a_packed_layer_carries_its_weights(rng):
+    first, second = (sp.pack(random_layer(rng)) for _ in range(2))
+    x = torch.randn(3, 29)
+    second.load_state_dict(first.state_dict())
+    for name in ("en", "fr"):
+        first.active = second.active = name
+        assert torch.equal(second(x), first(x))
+    with pytest.raises(RuntimeError, match=r"Missing key.*values"):
+        second.load_state_dict({"bias": torch.zeros(37)})
+    with pytest.raises(RuntimeError, match="masks keep"):
+        second.load_state_dict({**first.state_dict(), "values": torch.zeros(3, 1, 8)})
 
 
 def test_nan_in_pruned_weights_does_not_reach_output_or_gradients(rng):
@@ -94,7 +140,14 @@ def test_nan_in_pruned_weights_does_not_reach_output_or_gradients(rng):
 
 
 def test_meta_device_and_moves(rng):
-    layer = sp.SparseLinear(29, 37, device="meta").to_empty(device="cpu")
+    with torch.device("meta"):
+        layer = sp.SparseLinear(29, 37)
+    assert layer(torch.zeros(3, 29, device="meta")).shape == (3, 37)
+    dense = copy.deepcopy(layer)
+    with pytest.warns(UserWarning, match="masks stay"):
+        dense.load_state_dict(nn.Linear(29, 37).state_dict(), assign=True)
+    assert dense.masks["default"].all() and dense.masks["default"].device.type == "cpu"
+    layer = layer.to_empty(device="cpu")
     source = random_layer(rng, names=("default",))
     layer.load_state_dict(source.state_dict())
     x = torch.randn(3, 29)

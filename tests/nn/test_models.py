@@ -94,7 +94,8 @@ def test_file_round_trip(dtype, rng, tmp_path):
     model, x = make_model(rng), torch.randn(3, 29)
     packed = sp.pack(model, dtype)
     if dtype == torch.bfloat16:
-        packed, x = packed.to(dtype), x.to(dtype)
+        x = x.to(dtype)
+        packed[3].to(dtype)  # the layer norm is the user's own
     sp.save_packed(packed, tmp_path / "m.safetensors")
     sp.save_packed(packed, tmp_path / "again.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again.safetensors", "m.safetensors"]
@@ -139,12 +140,14 @@ def set_bits(tensors, header):
 CORRUPTIONS = {
     "mask bits beyond the values": (set_bits, "layer 0: masks keep"),
     "values missing": (lambda t, h: t.pop("0.values"), "layer 0"),
-    "bias of another size": (lambda t, h: t.update({"0.bias": torch.zeros(3)}), "bias has shape"),
+    "bias of another size": (lambda t, h: t.update({"0.bias": torch.zeros(3)}), "bias is torch.float32"),
     "block of another size": (lambda t, h: h["layers"]["0"].update(block=[4, 1]), "layer 0"),
     "shape negative": (lambda t, h: h["layers"]["0"].update(shape=[-8, 29]), "layer 0"),
     "newer version": (lambda t, h: h.update(version=99), "format version 99"),
     "extra tensor": (lambda t, h: t.update(more=torch.zeros(1)), "does not fit the model"),
     "layer missing": (lambda t, h: h["layers"].pop("2"), "does not fit the model"),
+    "layers of another type": (lambda t, h: h.update(layers="abc"), "not a packed model"),
+    "values of a foreign dtype": (lambda t, h: t.update({"0.values": t["0.values"].int()}), "values are torch.int32"),
     "no layers": (lambda t, h: h.pop("layers"), "not a packed model"),
 }
 
@@ -225,6 +228,41 @@ def test_transformer_encoder_does_not_bypass_the_masks(rng):
     with torch.no_grad():
         assert torch.isfinite(layer(x)).all()
         torch.testing.assert_close(sp.pack(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("only", ["linear1", "linear2", "linear"])
+def test_transformer_encoder_with_padding_is_the_same_masked_and_packed(only, rng):
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    dense = copy.deepcopy(model)
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    sp.sparsify_(model, filter_fn=lambda module, name: only in name)
+    with torch.no_grad():
+        full = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(
+            full[~padding], dense(x, src_key_padding_mask=padding)[~padding], rtol=1e-4, atol=1e-5
+        )
+        for one in sp.sparse_layers(model).values():
+            one.set_mask_(torch.zeros_like(one.masks["default"]))
+        pruned = model(x, src_key_padding_mask=padding)
+        assert not torch.allclose(pruned[~padding], full[~padding])
+        torch.testing.assert_close(sp.pack(model)(x, src_key_padding_mask=padding), pruned)
+
+
+def test_a_model_that_does_not_fit_stays_as_it_was(rng, tmp_path):
+    sp.save_packed(sp.pack(make_model(rng)), tmp_path / "m.safetensors")
+    model = nn.Sequential(nn.Linear(29, 37), nn.ReLU(), nn.Linear(37, 16), nn.LayerNorm(16, bias=False))
+    with pytest.raises(sp.FormatError, match=r"3\.bias is only in the file"):
+        sp.load_packed(tmp_path / "m.safetensors", model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_layers_that_would_lose_something_are_refused():
+    with pytest.raises(ValueError, match=r"layer 0: its weight is computed"):
+        sp.sparsify_(nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8))))
+    hooked = nn.Linear(8, 8)
+    hooked.register_forward_hook(lambda module, inputs, output: output)
+    with pytest.raises(ValueError, match="layer 0 has hooks"):
+        sp.sparsify_(nn.Sequential(hooked))
 
 
 def test_torchaudio_rnnt_converts_and_streams(rng):

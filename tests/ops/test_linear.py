@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 import sparse_pathways as sp
-from sparse_pathways.ops import backends
+from sparse_pathways.ops import backends, library
 
 SHAPES = [(0, 16, 8), (1, 96, 64), (2, 37, 29), (5, 40, 31), (17, 96, 64), (40, 130, 70)]  # M, N, K
 BLOCKS = [(8, 1), (16, 1), (4, 4), (16, 16), (3, 5)]
@@ -36,7 +36,6 @@ def assert_product(y, x, dense, bias=None):
     assert ((y.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("shape", SHAPES, ids="M{0[0]}-N{0[1]}-K{0[2]}".format)
 @pytest.mark.parametrize("block", BLOCKS, ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
@@ -113,7 +112,34 @@ def test_empty_and_full_masks(backend, rng):
     assert_product(sp.sparse_linear(x, everything), x, weight)
 
 
+def test_strided_bias(backend, rng):
+    x, weight, mask, dense = make_problem((3, 40, 31), (8, 1), rng)
+    bias = torch.randn(80, generator=rng)[::2]
+    assert_product(sp.sparse_linear(x, sp.PackedWeight.pack(weight, mask), bias), x, dense, bias)
+    layout = sp.BlockLayout.from_mask(mask, (8, 1), (40, 31))
+    assert_product(sp.masked_linear(x, weight, layout, bias), x, dense, bias)
+
+
+def test_autocast_gives_its_dtype_like_f_linear(rng):
+    x, weight, mask, dense = make_problem((3, 40, 31), (8, 1), rng)
+    packed, layout = sp.PackedWeight.pack(weight, mask), sp.BlockLayout.from_mask(mask, (8, 1), (40, 31))
+    with torch.autocast("cpu", torch.bfloat16):
+        for y in (sp.sparse_linear(x.bfloat16(), packed), sp.masked_linear(x.bfloat16(), weight, layout)):
+            assert y.dtype == torch.bfloat16
+            assert_product(y, x.bfloat16().float(), dense)
+
+
+def test_a_second_derivative_is_refused(rng):
+    _, weight, mask, _ = make_problem((3, 40, 31), (8, 1), rng)
+    x = torch.randn(3, 31, generator=rng, requires_grad=True)
+    layout = sp.BlockLayout.from_mask(mask, (8, 1), (40, 31))
+    for y in (sp.sparse_linear(x, sp.PackedWeight.pack(weight, mask)), sp.masked_linear(x, weight, layout)):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(y.square().sum(), x, create_graph=True)
+
+
 BAD = [
+    (dict(x=[[0.0] * 31]), TypeError, "x is a list"),
     (dict(x=torch.zeros(2, 30)), ValueError, r"x has shape \(2, 30\)"),
     (dict(x=torch.tensor(1.0)), ValueError, "x has shape"),
     (dict(x=torch.zeros(2, 31, dtype=torch.float64)), TypeError, "x.dtype = torch.float64"),
@@ -202,6 +228,16 @@ def test_a_backend_that_cannot_serve_is_an_error_not_a_fallback(rng):
         sp.sparse_linear(x, packed)
     with pytest.raises(sp.BackendUnavailable, match="'sse2' is not known; choose one of reference"):
         backends.force("sse2")
+
+
+def test_what_serves_other_dtypes_is_said_and_forced(rng):
+    x, weight, mask, _ = make_problem((2, 40, 31), (8, 1), rng)
+    double, int8 = (sp.PackedWeight.pack(weight, mask, dtype=dtype) for dtype in (torch.float64, torch.int8))
+    if library.MISSING is None:
+        assert "portable" in sp.explain(double, 1)
+        with backends.forced("portable"), pytest.raises(sp.BackendUnavailable, match=r"no torch.int8 kernel"):
+            sp.sparse_linear(x, int8)
+    assert "reference (slow)" in sp.explain(int8, 1)
 
 
 def test_explain_names_the_backend_and_the_reason(backend, rng):
