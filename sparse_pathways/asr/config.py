@@ -105,7 +105,7 @@ class CorpusConfig:
     dev: int = 40
     test: int = 150
     train_voices: tuple[str, ...] = ("m1", "m2", "m3", "m4", "m5", "m6", "f1", "f2", "f3")
-    dev_voices: tuple[str, ...] = ("m8", "f5")
+    dev_voices: tuple[str, ...] = ("f5",)
     test_voices: tuple[str, ...] = ("m7", "f4")
     rate: tuple[int, int] = (140, 210)
     pitch: tuple[int, int] = (30, 70)
