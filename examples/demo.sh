@@ -10,7 +10,7 @@ mkdir -p "$run"
 
 step() { printf '\n\033[1m[%2d:%02d] %s\033[0m\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 # Two processes with one thread each learn from twice as many utterances per step as one process with two threads.
-train() { torchrun --nproc-per-node 2 --no-python sparse-pathways "$@" --threads 1; }
+train() { torchrun --standalone --nproc-per-node 2 --no-python -- sparse-pathways "$@" --threads 1; }
 
 step "1/6  Speech: four languages, spoken by espeak-ng"
 [ -e "$run/data/manifest.jsonl" ] || sparse-pathways data synthetic --out "$run/data"
