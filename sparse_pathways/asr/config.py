@@ -216,7 +216,7 @@ class TrainConfig(RunConfig):
         model: Sizes of the model.
     """
 
-    steps: int = 2600
+    steps: int = 1600
     ctc_only_steps: int = 300
     model: ModelConfig = field(default_factory=ModelConfig)
 
@@ -244,7 +244,7 @@ class PruneConfig(RunConfig):
     """
 
     start: Path
-    steps: int = 600
+    steps: int = 400
     lr: float = 5e-4
     warmup: int = 50
     method: str = "dynamic_asr_pathways"
