@@ -6,6 +6,7 @@ had not been.
 
 import json
 import signal
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ from .model import Recogniser
 LOG = "log.jsonl"
 LOG_EVERY = 20  # steps
 _AGREE_EVERY = 4  # steps between two questions to all processes whether one was asked to stop
-_MAY_DIFFER = {"data", "start", "out", "threads", "eval_every", "checkpoint_every", "progress"}  # between sittings
+_MAY_DIFFER = {"out", "threads", "eval_every", "checkpoint_every", "progress"}  # between sittings of one run
 
 
 class Run:
@@ -68,7 +69,12 @@ class Run:
         self.device = self._accelerator.device
         self.checkpoint_path = Path(config.out) / CHECKPOINT
         self.checkpoint = read(self.checkpoint_path) if self.checkpoint_path.is_file() else None
-        self._described = {"kind": type(config).__name__, **json.loads(json.dumps(asdict(config), default=str))}
+        described = json.dumps(asdict(config), default=lambda path: str(Path(path).resolve()))
+        self._described = {
+            "kind": type(config).__name__,
+            "processes": self._accelerator.num_processes,
+            **json.loads(described),
+        }
         if self.checkpoint is not None:
             self._check_same_run(self.checkpoint["run"])
         self.finished = (
@@ -203,6 +209,7 @@ class _Fit:
             initial=self.step,
             desc=Path(config.out).name,
             unit="step",
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,  # seconds; a log file needs no animation
             disable=not (config.progress and self.accelerator.is_main_process),
         )
         self.model.train()

@@ -228,6 +228,8 @@ def test_folder_of_another_run_is_refused(dense, tiny_corpus):
     config = TrainConfig(data=tiny_corpus, out=dense, steps=4, ctc_only_steps=1, batch=3, progress=False, model=MODEL)
     with pytest.raises(ValueError, match=r"holds a run with batch = 2, not 3; choose another folder, or delete"):
         train(config)
+    with pytest.raises(ValueError, match=r"holds a run with data = .*, not .*elsewhere"):
+        train(replace(config, batch=2, data=tiny_corpus / "elsewhere"))
 
 
 def test_unknown_method_and_score(prune_config):
@@ -316,6 +318,7 @@ def test_two_processes(tiny_corpus, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert sp.density(load_model(tmp_path / "pruned"))["total"] == pytest.approx(0.3, abs=0.01)
     assert [line["step"] for line in log(tmp_path / "dense")] == [6, 6]
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["processes"] == 2
 
 
 def test_torchaudio_that_does_not_load_is_explained(tmp_path):
