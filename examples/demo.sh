@@ -10,7 +10,7 @@ mkdir -p "$run"
 
 step() { printf '\n\033[1m[%2d:%02d] %s\033[0m\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 # Two processes with one thread each learn from twice as many utterances per step as one process with two threads.
-train() { torchrun --standalone --nproc-per-node 2 --no-python -- sparse-pathways "$@" --threads 1; }
+train() { OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 --no-python -- sparse-pathways "$@" --threads 1; }
 
 step "1/6  Speech: four languages, spoken by espeak-ng"
 [ -e "$run/data/manifest.jsonl" ] || sparse-pathways data synthetic --out "$run/data"
@@ -26,7 +26,7 @@ for method in lap dynamic; do
   for sparsity in 70 90; do
     out=$run/$method$sparsity
     [ -e "$out/model.pt" ] ||
-      train prune --data "$run/data" --start "$run/$from" --out "$out" --method "$name" --sparsity "0.$sparsity" --steps 300
+      train prune --data "$run/data" --start "$run/$from" --out "$out" --method "$name" --sparsity "0.$sparsity" --steps 280
     from=$method$sparsity
   done
 done

@@ -216,7 +216,7 @@ class TrainConfig(RunConfig):
         model: Sizes of the model.
     """
 
-    steps: int = 1600
+    steps: int = 1400
     ctc_only_steps: int = 300
     model: ModelConfig = field(default_factory=ModelConfig)
 
