@@ -26,7 +26,7 @@ for method in lap dynamic; do
   for sparsity in 70 90; do
     out=$run/$method$sparsity
     [ -e "$out/model.pt" ] ||
-      train prune --data "$run/data" --start "$run/$from" --out "$out" --method "$name" --sparsity "0.$sparsity" --steps 280
+      train prune --data "$run/data" --start "$run/$from" --out "$out" --method "$name" --sparsity "0.$sparsity" --steps 260
     from=$method$sparsity
   done
 done

@@ -94,6 +94,8 @@ class CorpusConfig:
         rate: Lowest and highest speaking rate, in words a minute.
         pitch: Lowest and highest base pitch, 0 to 100.
         pitch_range: Lowest and highest liveliness of the pitch, 0 to 100.
+        telephone: Share of the utterances that lose all above 4 kHz, as a recording at 8 kHz has.
+        silence_s: Shortest and longest silence before and after the speech, in seconds.
         noise_db: Lowest and highest ratio of speech to added noise, in decibels.
         level_db: Lowest and highest peak level, in decibels below full scale (0: full scale).
         seed: Same seed, same corpus.
@@ -110,8 +112,10 @@ class CorpusConfig:
     rate: tuple[int, int] = (140, 210)
     pitch: tuple[int, int] = (30, 70)
     pitch_range: tuple[int, int] = (30, 70)
-    noise_db: tuple[float, float] = (30.0, 50.0)
-    level_db: tuple[float, float] = (3.0, 9.0)
+    telephone: float = 0.25
+    silence_s: tuple[float, float] = (0.0, 0.15)
+    noise_db: tuple[float, float] = (30.0, 60.0)
+    level_db: tuple[float, float] = (3.0, 20.0)
     seed: int = 0
     workers: int = 2
 
@@ -120,7 +124,8 @@ class CorpusConfig:
         _at_least(self, 0, "seed")
         if not self.languages or len(set(self.languages)) < len(self.languages):
             raise ValueError(f"CorpusConfig.languages = {self.languages}; want at least one, each once")
-        for name in ("rate", "pitch", "pitch_range", "noise_db", "level_db"):
+        _share(self, "telephone")
+        for name in ("rate", "pitch", "pitch_range", "silence_s", "noise_db", "level_db"):
             low, high = getattr(self, name)
             if not 0 <= low <= high:
                 raise ValueError(f"CorpusConfig.{name} = {(low, high)}; want 0 <= lowest <= highest")
@@ -216,7 +221,7 @@ class TrainConfig(RunConfig):
         model: Sizes of the model.
     """
 
-    steps: int = 1400
+    steps: int = 1600
     ctc_only_steps: int = 300
     model: ModelConfig = field(default_factory=ModelConfig)
 

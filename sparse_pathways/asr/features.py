@@ -4,7 +4,6 @@ torchaudio's Emformer recipe with one change: windows are not centred (no reflec
 that carries its last samples over gives exactly the frames of the whole recording.
 """
 
-import math
 import warnings
 
 import torch
@@ -16,6 +15,7 @@ from .corpus import SAMPLE_RATE
 WINDOW = 400  # samples, 25 ms
 HOP = 160  # samples, 10 ms
 MELS = 80
+FLOOR = 100.0
 
 
 def frame_count(samples: int) -> int:
@@ -26,8 +26,8 @@ def frame_count(samples: int) -> int:
 class LogMel(nn.Module):
     """Waveform to log-mel energies.
 
-    The waveform is scaled to the range of 16-bit integers; energies above e become their logarithm, smaller ones a
-    line that meets it (so that silence is 0, not minus infinity).
+    The waveform is scaled to the range of 16-bit integers. Energies below FLOOR, about what rounding to 16 bits leaves,
+    count as FLOOR: digital silence, the empty upper band of telephone speech and a quiet room then look alike.
     """
 
     def __init__(self) -> None:
@@ -43,8 +43,7 @@ class LogMel(nn.Module):
         """`wave [..., S]` in [-1, 1] at 16 kHz -> `[..., T, 80]`, T = (S - 400) // 160 + 1, or 0 if S < 400."""
         if wave.shape[-1] < WINDOW:
             return wave.new_zeros(*wave.shape[:-1], 0, MELS)
-        energy = self.mel(wave * 32767).transpose(-1, -2)
-        return torch.where(energy > math.e, energy.clamp_min(math.e).log(), energy / math.e)
+        return self.mel(wave * 32767).transpose(-1, -2).clamp_min(FLOOR).log()
 
 
 class FeatureStream:

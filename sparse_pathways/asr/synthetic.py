@@ -22,6 +22,7 @@ import espeakng_loader
 import numpy as np
 import soundfile
 import torch
+import torchaudio
 from tqdm import tqdm
 
 from .config import CorpusConfig
@@ -34,6 +35,7 @@ _UTF8 = 1
 _RATE, _PITCH, _PITCH_RANGE = 1, 3, 4
 
 _CHUNK = 50  # utterances spoken by one process
+_TELEPHONE_RATE = 8000
 
 Job = tuple[CorpusConfig, str, str, int, Path]  # config, split, language, index, folder
 
@@ -116,6 +118,11 @@ def add_noise(samples: np.ndarray, ratio_db: float, rng: np.random.Generator) ->
     return (samples + noise * (wanted / np.sqrt(np.mean(noise**2)))).astype(np.float32)
 
 
+@cache
+def _to_telephone() -> torchaudio.transforms.Resample:
+    return torchaudio.transforms.Resample(SAMPLE_RATE, _TELEPHONE_RATE)
+
+
 def _make(job: Job) -> Utterance:
     """Synthesise one utterance and write its sound file."""
     config, split, language, index, out = job
@@ -131,7 +138,11 @@ def _make(job: Job) -> Utterance:
         rng.getrandbits(31),
     )
     samples = resampler(_espeak().sample_rate)(torch.from_numpy(spoken)).numpy()
+    samples = np.pad(samples, [int(SAMPLE_RATE * rng.uniform(*config.silence_s)) for _ in range(2)])
     samples = add_noise(samples, rng.uniform(*config.noise_db), np.random.default_rng(rng.getrandbits(64)))
+    if rng.random() < config.telephone:
+        narrow = _to_telephone()(torch.from_numpy(samples))
+        samples = resampler(_TELEPHONE_RATE)(narrow)[: len(samples)].numpy()
     samples *= 10 ** (-rng.uniform(*config.level_db) / 20) / np.abs(samples).max()
     name = f"{split}-{language}-{index:05d}"
     path = out / split / language / f"{name}.flac"

@@ -5,9 +5,10 @@ import re
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from sparse_pathways.asr.config import LANGUAGES, CorpusConfig
-from sparse_pathways.asr.corpus import read_manifest
+from sparse_pathways.asr.corpus import read_audio, read_manifest
 from sparse_pathways.asr.synthetic import add_noise, sentence, sentences, split_of, synthesise
 from sparse_pathways.asr.text import normalise
 
@@ -102,3 +103,11 @@ def test_voice_espeak_does_not_know(tmp_path):
 def test_config_refuses(fields, reason):
     with pytest.raises(ValueError, match=reason):
         CorpusConfig(**fields)
+
+
+def test_telephone_speech_has_nothing_above_4_khz(tmp_path):
+    config = CorpusConfig(languages=("fr",), train=2, dev=1, test=1, workers=1, telephone=0.99, noise_db=(40.0, 40.0))
+    for utterance in read_manifest(synthesise(config, tmp_path, progress=False)):
+        power = torch.fft.rfft(read_audio(utterance)).abs().square()
+        above = power[len(power) * 9 // 16 :].sum()  # from 4.5 kHz on: what the filters and 16 bits leave
+        assert above < 1e-3 * power.sum()
