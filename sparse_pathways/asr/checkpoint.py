@@ -37,7 +37,9 @@ def read(path: Path) -> dict[str, Any]:
         raise sp.FormatError(path, "cannot be read: is cut off, or not a model")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # torch's own words advise to load it without a check
+        raise sp.FormatError(path, "is damaged, or holds code instead of a model; it was not run") from error
+    except (RuntimeError, OSError, ValueError) as error:
         raise sp.FormatError(
             path, f"cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error
@@ -68,7 +70,7 @@ def restore_model(content: Mapping[str, Any], path: Path) -> Recogniser:
         if content["pathways"]:
             sp.sparsify_(model, tuple(content["block"]), content["pathways"], prunable)
         model.load_state_dict(content["state"])
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise sp.FormatError(path, f"holds no usable model: {error}") from error
     return model
 
@@ -89,4 +91,7 @@ def load_model(path: str | Path) -> Recogniser:
             raise sp.FormatError(path, f"this run is not finished; go on with it, or name {path / CHECKPOINT}")
         path = path / MODEL
     content = read(path)
-    return restore_model(content.get("model", content), path)
+    content = content.get("model", content)
+    if not isinstance(content, dict):
+        raise sp.FormatError(path, "holds no usable model")
+    return restore_model(content, path)

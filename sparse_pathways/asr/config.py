@@ -12,13 +12,13 @@ LANGUAGES = ("en", "fr", "it", "nl")
 
 def _at_least(owner: object, minimum: float, *names: str) -> None:
     for name in names:
-        if not getattr(owner, name) >= minimum:
+        if getattr(owner, name) is None or not getattr(owner, name) >= minimum:
             raise ValueError(f"{type(owner).__name__}.{name} = {getattr(owner, name)}; want at least {minimum}")
 
 
 def _share(owner: object, *names: str) -> None:
     for name in names:
-        if not 0.0 <= getattr(owner, name) < 1.0:
+        if getattr(owner, name) is None or not 0.0 <= getattr(owner, name) < 1.0:
             raise ValueError(f"{type(owner).__name__}.{name} = {getattr(owner, name)}; want a share in [0, 1)")
 
 

@@ -40,18 +40,21 @@ class Tokenizer:
     def train(cls, lines: Iterable[str], vocab: int) -> "Tokenizer":
         """Learn at most `vocab` byte-pair pieces; a small text may not hold that many different ones."""
         model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            vocab_size=vocab,
-            model_type="bpe",
-            character_coverage=1.0,
-            hard_vocab_limit=False,
-            unk_id=0,
-            bos_id=-1,
-            eos_id=-1,
-            minloglevel=2,
-        )
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines),
+                model_writer=model,
+                vocab_size=vocab,
+                model_type="bpe",
+                character_coverage=1.0,
+                hard_vocab_limit=False,
+                unk_id=0,
+                bos_id=-1,
+                eos_id=-1,
+                minloglevel=2,
+            )
+        except RuntimeError as error:  # fewer pieces than the text has letters
+            raise ValueError(f"vocab = {vocab} does not fit the text: {error}") from error
         return cls(model.getvalue())
 
     @property

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
 from sparse_pathways.cli.parsing import make_parser
 
 if TYPE_CHECKING:
@@ -32,14 +34,24 @@ def main(words: list[str]) -> int:
     parser.add_argument("--data", type=Path, required=True, help="corpus: its folder or manifest.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--split", default="test", help="split of the corpus: train, dev or test")
-    parser.add_argument("--utterances", type=int, help="at most so many per language; all by default")
-    parser.add_argument("--batch", type=int, default=16, help="utterances decoded at once for the word error rates")
-    parser.add_argument("--threads", type=int, default=1, help="threads for the word error rates; times use one")
-    parser.add_argument("--timed", type=int, default=6, help="utterances per language that are timed; 0 times nothing")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs per utterance and model")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16], help="rows at once for the times by layer")
+    parser.add_argument("--utterances", type=PositiveInt, help="at most so many per language; all by default")
+    parser.add_argument(
+        "--batch", type=PositiveInt, default=16, help="utterances decoded at once for the word error rates"
+    )
+    parser.add_argument(
+        "--threads", type=PositiveInt, default=1, help="threads for the word error rates; times use one"
+    )
+    parser.add_argument(
+        "--timed", type=NonNegativeInt, default=6, help="utterances per language that are timed; 0 times nothing"
+    )
+    parser.add_argument("--repeats", type=PositiveInt, default=3, help="timed runs per utterance and model")
+    parser.add_argument(
+        "--rows", type=PositiveInt, nargs="+", default=[1, 4, 16], help="rows at once for the times by layer"
+    )
     args = parser.parse_args(words)
     paths = _name_paths(args.models)
+    if args.out.is_dir() or not os.access(args.out.parent, os.W_OK):  # not after minutes of measuring
+        raise ValueError(f"out = {args.out}: want a file in an existing folder that can be written to")
     import torch
 
     from sparse_pathways.asr.transcribe import open_model

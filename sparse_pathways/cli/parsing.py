@@ -1,6 +1,7 @@
 """Parsers of the subcommands: help made from the configs' docstrings, errors worded in one line."""
 
 import argparse
+import itertools
 import os
 import re
 from dataclasses import fields
@@ -23,6 +24,16 @@ class Parser(jsonargparse.ArgumentParser):
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Help text with plain type names (`Path` rather than `<class 'Path'>`)."""
         return _plain_types(super().format_help(*args, **kwargs))
+
+    def parse_args(self, args: list[str], **kwargs: Any) -> jsonargparse.Namespace:  # type: ignore[override]
+        """Parse with `--config FILE` first, wherever it stands: options typed beside it win over the file."""
+        front, rest, words = [], [], iter(args)
+        for word in words:
+            if word == "--config":
+                front += [word, *itertools.islice(words, 1)]
+            else:
+                (front if word.startswith("--config=") else rest).append(word)
+        return super().parse_args([*front, *rest], **kwargs)
 
     def config(self, config_class: type[Config], namespace: jsonargparse.Namespace) -> Config:
         """Build the dataclass whose fields were added by `add_class_arguments`; its own checks run here."""

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from jsonargparse.typing import PositiveInt
+
 from sparse_pathways.cli.parsing import make_parser, word_error
 
 
@@ -19,7 +21,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("audio", type=Path, nargs="+", help="audio files")
     parser.add_argument("--language", required=True, help="language spoken, one of those the model was trained on")
     parser.add_argument("--beam", type=int, default=1, help="hypotheses kept; 1 decodes greedily, which is fastest")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the products")
+    parser.add_argument("--threads", type=PositiveInt, default=1, help="threads of the products")
     args = parser.parse_args(words)
     import torch
 

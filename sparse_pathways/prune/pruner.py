@@ -165,8 +165,8 @@ class Pruner:
             KeyError: pathway not governed by the plan.
             FloatingPointError: a score is NaN or infinite; names layer and step. The batch is not counted, averages and
                 masks stay as they were.
-            RuntimeError: no layer has a gradient to score by; a pathway without batches must be decided by its
-                gradients; the processes disagree.
+            ValueError: a pathway without batches must be decided by its gradients.
+            RuntimeError: no layer has a gradient to score by; the processes disagree.
         """
         pathway = self._trained(pathway)
         step = self.steps + 1
@@ -252,7 +252,7 @@ class Pruner:
             return torch.stack(averages).sum(0, keepdim=True)
         if len(averages) < len(decided):
             unseen = next(pathway for pathway in decided if not self.batches[pathway])
-            raise RuntimeError(
+            raise ValueError(
                 f"pathway {unseen!r} had no batch by step {self.steps}, so its masks cannot be decided by gradient; "
                 "train on it, or leave it out of PruningPlan.pathways"
             )

@@ -70,6 +70,8 @@ def test_print_config_can_be_read_back(capsys, tmp_path):
     (tmp_path / "train.yaml").write_text(text)
     assert main(["train", "--config", str(tmp_path / "train.yaml"), "--steps", "8", "--print_config"]) == 0
     assert capsys.readouterr().out == text.replace("steps: 7", "steps: 8")  # typed options win over the file
+    assert main(["train", "--steps", "8", "--config", str(tmp_path / "train.yaml"), "--print_config"]) == 0
+    assert capsys.readouterr().out == text.replace("steps: 7", "steps: 8")  # wherever the file is named
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
@@ -89,6 +91,10 @@ ARGUMENTS = {
     "no_pairs": (["evaluate", "runs/dense", "--data", "d", "--out", "o"], "NAME=PATH"),
     "same_name": (["evaluate", "a=x", "a=y", "--data", "d", "--out", "o"], "'a' is given twice"),
     "bad_split": (["evaluate", "a=x", "--data", "d", "--out", "o", "--split", "eval"], "split = 'eval'"),
+    "no_threads": (["transcribe", "m", "a.wav", "--language", "fr", "--threads", "0"], "--threads"),
+    "no_batch": (["evaluate", "a=x", "--data", "d", "--out", "o", "--batch", "0"], "--batch"),
+    "nothing_timed": (["evaluate", "a=x", "--data", "d", "--out", "o", "--timed", "-1"], "--timed"),
+    "nowhere_to_write": (["evaluate", "a=x", "--data", "d", "--out", "no/o.json"], "out = no/o.json"),
     "bad_rows": (["bench", "m", "--rows", "0"], "rows = [0]"),
 }
 
