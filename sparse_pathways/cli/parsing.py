@@ -27,7 +27,9 @@ class Parser(jsonargparse.ArgumentParser):
 
     def parse_args(self, args: list[str], **kwargs: Any) -> jsonargparse.Namespace:  # type: ignore[override]
         """Parse with `--config FILE` first, wherever it stands: options typed beside it win over the file."""
-        front, rest, words = [], [], iter(args)
+        front: list[str] = []
+        rest: list[str] = []
+        words = iter(args)
         for word in words:
             if word == "--config":
                 front += [word, *itertools.islice(words, 1)]
