@@ -8,6 +8,7 @@ extern const KernelTable kernels_portable;
 #ifdef SP_X86
 extern const KernelTable kernels_avx2;
 extern const KernelTable kernels_avx512;
+extern const KernelTable kernels_avx512_dot;
 #endif
 
 namespace {
@@ -20,7 +21,10 @@ int detect() {
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kPortable;
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return wide ? kAvx512 : kAvx2;
+  if (!wide) return kAvx2;
+  const bool dot = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+                   __builtin_cpu_supports("avx512vbmi");
+  return dot ? kAvx512Dot : kAvx512;
 #else
   return kPortable;
 #endif
@@ -48,6 +52,8 @@ int set_isa(int wanted) {
 const KernelTable& kernels() {
 #ifdef SP_X86
   switch (isa()) {
+    case kAvx512Dot:
+      return kernels_avx512_dot;
     case kAvx512:
       return kernels_avx512;
     case kAvx2:

@@ -5,7 +5,7 @@
 
 namespace sp {
 
-enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Dot = 3 };
 
 // Best level that this processor and operating system run, of those compiled in.
 int max_isa();
@@ -17,7 +17,7 @@ int isa();
 // is outside 0..max_isa().
 int set_isa(int level);
 
-// float32 kernels of the level in use; float64 has one version for all.
+// Kernels of the level in use; float64 has one version for all.
 const KernelTable& kernels();
 extern const ProductKernel linear_f64;
 extern const ProductKernel linear_dx_f64;

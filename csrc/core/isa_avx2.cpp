@@ -8,6 +8,12 @@
 namespace sp {
 
 extern const KernelTable kernels_avx2;
-const KernelTable kernels_avx2 = {"avx2", &linear<float>, &linear_dx<float>};
+const KernelTable kernels_avx2 = {
+    .name = "avx2",
+    .linear_f32 = &linear<float>,
+    .linear_bf16 = nullptr,
+    .linear_i8 = nullptr,
+    .linear_dx_f32 = &linear_dx<float>,
+};
 
 }  // namespace sp

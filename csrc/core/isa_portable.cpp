@@ -10,7 +10,13 @@ namespace sp {
 extern const KernelTable kernels_portable;
 extern const ProductKernel linear_f64;
 extern const ProductKernel linear_dx_f64;
-const KernelTable kernels_portable = {"portable", &linear<float>, &linear_dx<float>};
+const KernelTable kernels_portable = {
+    .name = "portable",
+    .linear_f32 = &linear<float>,
+    .linear_bf16 = nullptr,
+    .linear_i8 = nullptr,
+    .linear_dx_f32 = &linear_dx<float>,
+};
 
 // float64 serves gradient checks, not speed: one version for all machines.
 const ProductKernel linear_f64 = &linear<double>;

@@ -10,6 +10,7 @@
 //        Each panel reads all kept blocks once; pruned blocks are never touched
 #pragma once
 
+#include "core/epilogue-inl.h"
 #include "core/simd-inl.h"
 
 namespace sp {
@@ -25,11 +26,11 @@ struct BlockRows {
         crow(args.begin),
         col(static_cast<const Col*>(args.other)),
         pos(args.pos),
-        bias(static_cast<const T*>(args.bias)),
         out(args.out),
         in(args.in),
         height(args.r),
-        width(args.c) {}
+        width(args.c),
+        epilogue(args) {}
 
   SP_INLINE int64_t r() const { return k8x1 ? 8 : height; }
   SP_INLINE int64_t c() const { return k8x1 ? 1 : width; }
@@ -41,29 +42,18 @@ struct BlockRows {
     const int64_t left = out - b * r() - r0;
     return left < most ? left : most;
   }
-  // Bias of kS outputs from n0 on, zero past N.
-  template <int kS>
-  SP_INLINE Vec<T, kS> start(int64_t n0) const {
-    T lanes[kS] = {};
-    if (bias != nullptr) {
-      if (n0 + kS <= out) return load<kS>(bias + n0);
-      for (int64_t i = 0; n0 + i < out; ++i) lanes[i] = bias[n0 + i];
-    }
-    return load<kS>(lanes);
-  }
-
   const T* values;
   const int32_t* crow;
   const Col* col;
   const int32_t* pos;
-  const T* bias;
   int64_t out, in, height, width;
+  Epilogue<T, T> epilogue;
 };
 
 // M = 1, kS outputs of block row b from r0 on. Four chains of additions hide the latency of the multiply-add.
 template <int kS, typename T, typename W>
-SP_INLINE void gemv_slice(const W& w, const T* x, int64_t b, int64_t r0, T* y) {
-  Vec<T, kS> sum[4] = {w.template start<kS>(b * w.r() + r0)};
+SP_INLINE void gemv_slice(const W& w, const T* x, int64_t row, int64_t b, int64_t r0) {
+  Vec<T, kS> sum[4] = {};
   const auto add = [&](int64_t e, Vec<T, kS>& chain) SP_ALWAYS_INLINE {
     const T* block = w.block(e) + r0;
     const int64_t first = w.input(e);
@@ -80,17 +70,17 @@ SP_INLINE void gemv_slice(const W& w, const T* x, int64_t b, int64_t r0, T* y) {
     SP_UNROLL for (int q = 0; q < 4; ++q) add(e + q, sum[q]);
   }
   for (; e < end; ++e) add(e, sum[0]);
-  store_first<kS>(y + b * w.r() + r0, (sum[0] + sum[1]) + (sum[2] + sum[3]), w.live(b, r0, kS));
+  w.epilogue.template put<kS>(row, b * w.r() + r0, (sum[0] + sum[1]) + (sum[2] + sum[3]), w.live(b, r0, kS));
 }
 
 template <typename T, typename W>
-void gemv(const W& w, const T* x, int64_t b0, int64_t b1, T* y) {
+void gemv(const W& w, const T* x, int64_t row, int64_t b0, int64_t b1) {
   for (int64_t b = b0; b < b1; ++b) {
     int64_t r0 = 0;
-    for (; r0 + 8 <= w.r(); r0 += 8) gemv_slice<8>(w, x, b, r0, y);
+    for (; r0 + 8 <= w.r(); r0 += 8) gemv_slice<8>(w, x, row, b, r0);
     if constexpr (!W::kEightByOne) {
-      for (; r0 + 4 <= w.r(); r0 += 4) gemv_slice<4>(w, x, b, r0, y);
-      for (; r0 < w.r(); ++r0) gemv_slice<1>(w, x, b, r0, y);
+      for (; r0 + 4 <= w.r(); r0 += 4) gemv_slice<4>(w, x, row, b, r0);
+      for (; r0 < w.r(); ++r0) gemv_slice<1>(w, x, row, b, r0);
     }
   }
 }
@@ -100,13 +90,11 @@ void gemv(const W& w, const T* x, int64_t b0, int64_t b1, T* y) {
 // x expanded by in-register permutes to two rows a vector took 1.2 times as long on a Zen 4: 13.6 us for 11.2 at
 // 512x512.)
 template <int kWidth, typename T, typename W>
-void few_rows(const W& w, const T* panel, int64_t rows, int64_t b0, int64_t b1, T* y) {
+void few_rows(const W& w, const T* panel, int64_t row, int64_t rows, int64_t b0, int64_t b1) {
   constexpr int kSets = kWidth == 4 ? 2 : 1;
   for (int64_t b = b0; b < b1; ++b) {
     for (int64_t r0 = 0; r0 < w.r(); r0 += 8) {
       Vec<T, 8> sum[kSets][kWidth] = {};
-      const Vec<T, 8> start = w.template start<8>(b * w.r() + r0);
-      SP_UNROLL for (int i = 0; i < kWidth; ++i) sum[0][i] = start;
       const auto add = [&](int64_t e, Vec<T, 8>* chain) SP_ALWAYS_INLINE {
         const T* block = w.block(e) + r0;
         const T* x = panel + w.input(e) * kWidth;
@@ -124,7 +112,7 @@ void few_rows(const W& w, const T* panel, int64_t rows, int64_t b0, int64_t b1, 
       const int64_t live = w.live(b, r0, 8);
       SP_UNROLL for (int i = 0; i < kWidth; ++i) {
         if (kSets == 2) sum[0][i] += sum[1][i];
-        if (i < rows) store_first<8>(y + i * w.out + b * w.r() + r0, sum[0][i], live);
+        if (i < rows) w.epilogue.template put<8>(row + i, b * w.r() + r0, sum[0][i], live);
       }
     }
   }
@@ -134,12 +122,7 @@ void few_rows(const W& w, const T* panel, int64_t rows, int64_t b0, int64_t b1, 
 template <int kS, int kZ, typename T, typename W>
 SP_INLINE void panel_slice(const W& w, const T* panel, int64_t b, int64_t r0, T* tile) {
   constexpr int kL = kLanes<T>, kWidth = kL * kZ;
-  Vec<T, kL> sum[kS][kZ];
-  SP_UNROLL for (int r = 0; r < kS; ++r) {
-    const int64_t n = b * w.r() + r0 + r;
-    const T start = w.bias != nullptr && n < w.out ? w.bias[n] : T(0);
-    SP_UNROLL for (int z = 0; z < kZ; ++z) sum[r][z] = start - Vec<T, kL>{};
-  }
+  Vec<T, kL> sum[kS][kZ] = {};
   const int64_t end = w.crow[b + 1];
   for (int64_t e = w.crow[b]; e < end; ++e) {
     const T* block = w.block(e) + r0;
@@ -159,7 +142,7 @@ SP_INLINE void panel_slice(const W& w, const T* panel, int64_t b, int64_t r0, T*
 }
 
 template <int kZ, typename T, typename W>
-void panel_rows(const W& w, const T* panel, int64_t rows, int64_t b0, int64_t b1, T* y) {
+void panel_rows(const W& w, const T* panel, int64_t row, int64_t rows, int64_t b0, int64_t b1) {
   constexpr int kWidth = kLanes<T> * kZ;
   alignas(64) T tile[8 * kWidth];
   for (int64_t b = b0; b < b1; ++b) {
@@ -171,7 +154,7 @@ void panel_rows(const W& w, const T* panel, int64_t rows, int64_t b0, int64_t b1
         for (; r + 4 <= height; r += 4) panel_slice<4, kZ>(w, panel, b, r0 + r, tile + r * kWidth);
         for (; r < height; ++r) panel_slice<1, kZ>(w, panel, b, r0 + r, tile + r * kWidth);
       }
-      store_tile<kWidth>(tile, rows, w.live(b, r0, height), y + b * w.r() + r0, w.out);
+      put_tile<kWidth>(w.epilogue, tile, row, rows, b * w.r() + r0, w.live(b, r0, height));
     }
   }
 }
@@ -199,8 +182,8 @@ struct Linear {
     const bool eights = args.r % 8 == 0;
     for (int64_t m = m0; m < m1;) {
       const int64_t left = m1 - m;
-      const T* x = static_cast<const T*>(args.x) + m * args.in;
-      T* y = static_cast<T*>(args.y) + m * args.out;
+      const int64_t row = m;
+      const T* x = static_cast<const T*>(args.x) + row * args.in;
       const auto pack = [&](auto width) {
         constexpr int kWidth = decltype(width)::value;
         const int64_t taken = left < kWidth ? left : kWidth;
@@ -209,24 +192,24 @@ struct Linear {
         return taken;
       };
       if (left == 1) {
-        gemv(w, x, l0, l1, y);
+        gemv(w, x, row, l0, l1);
         m += 1;
         continue;
       }
       if constexpr (sizeof(T) == 4) {
         if (eights && left <= 8) {
           if (left <= 4) {
-            few_rows<4>(w, scratch, pack(Width<4>{}), l0, l1, y);
+            few_rows<4>(w, scratch, row, pack(Width<4>{}), l0, l1);
           } else {
-            few_rows<8>(w, scratch, pack(Width<8>{}), l0, l1, y);
+            few_rows<8>(w, scratch, row, pack(Width<8>{}), l0, l1);
           }
           continue;
         }
       }
       if (left > 2 * kL - 8) {
-        panel_rows<2>(w, scratch, pack(Width<2 * kL>{}), l0, l1, y);
+        panel_rows<2>(w, scratch, row, pack(Width<2 * kL>{}), l0, l1);
       } else {
-        panel_rows<1>(w, scratch, pack(Width<kL>{}), l0, l1, y);
+        panel_rows<1>(w, scratch, row, pack(Width<kL>{}), l0, l1);
       }
     }
   }

@@ -3,32 +3,32 @@
 // Schemas, fake kernels and autograd are defined in Python (sparse_pathways/ops). Index lists are trusted here: their
 // bounds are checked once, when a layout is made. The checks below only keep a wrong call from reading stray memory.
 #include "core/isa.h"
-#include "core/product.h"
 #include "torch/check.h"
+#include "torch/run.h"
 
 namespace sp {
 namespace {
 
-void run_parallel(int64_t tasks, void (*task)(void* context, int64_t index), void* context) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(context, i);
-  });
+// The bias or the residual: of x's dtype, in the given shape.
+const void* same_type(const std::optional<Tensor>& tensor, const char* name, const Tensor& x, int64_t numel) {
+  if (!tensor.has_value()) return nullptr;
+  STD_TORCH_CHECK(tensor->is_contiguous() && tensor->numel() == numel && tensor->scalar_type() == x.scalar_type(), name,
+                  " must be contiguous, of x's dtype, with ", numel, " elements");
+  return tensor->const_data_ptr();
 }
 
-// Fills in types and block shape, chooses the kernel and runs it.
-void run(ProductArgs& args, const Tensor& x, const Tensor& values, ProductKernel f32, ProductKernel f64) {
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "the CPU kernels take float32 and float64; cast x and values, or use another backend");
-  STD_TORCH_CHECK(values.scalar_type() == type, "values and x differ in dtype");
-  const bool single = type == ScalarType::Float;
-  const Executor executor{static_cast<int>(torch::stable::get_num_threads()), run_parallel};
-  const bool done = run_product(single ? f32 : f64, args, single ? sizeof(float) : sizeof(double), executor);
-  STD_TORCH_CHECK(done, "out of memory: no scratch space for a panel of ", args.in, " columns");
+ProductKernel linear_kernel(ScalarType x, ScalarType values) {
+  const KernelTable& table = kernels();
+  if (x == ScalarType::Float && values == ScalarType::Char) return table.linear_i8;
+  STD_TORCH_CHECK(x == values, "values and x differ in dtype");
+  if (x == ScalarType::Float) return table.linear_f32;
+  if (x == ScalarType::BFloat16) return table.linear_bf16;
+  return x == ScalarType::Double ? linear_f64 : nullptr;
 }
 
 Tensor bcsr_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col,
-                       const std::optional<Tensor>& pos, const std::optional<Tensor>& bias, int64_t n) {
+                       const std::optional<Tensor>& pos, const std::optional<Tensor>& bias, int64_t n,
+                       const std::optional<Tensor>& scale, const std::optional<Tensor>& residual, int64_t activation) {
   check_dense(x, "x", 2);
   check_dense(values, "values", 3);
   ProductArgs args{};
@@ -51,59 +51,25 @@ Tensor bcsr_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& crow
   } else {
     STD_TORCH_CHECK(values.size(0) >= col.numel(), "values holds fewer blocks than col names");
   }
-  if (bias.has_value()) {
-    check_dense(*bias, "bias", 1);
-    STD_TORCH_CHECK(bias->numel() == n && bias->scalar_type() == x.scalar_type(), "bias must be [n] of x's dtype");
-    args.bias = bias->const_data_ptr();
+  args.bias = same_type(bias, "bias", x, n);
+  args.residual = same_type(residual, "residual", x, args.m * n);
+  STD_TORCH_CHECK((values.scalar_type() == ScalarType::Char) == scale.has_value(),
+                  "int8 values, and they alone, need scale");
+  if (scale.has_value()) {
+    check_dense(*scale, "scale", 1);
+    STD_TORCH_CHECK(scale->scalar_type() == ScalarType::Float && scale->numel() == args.lists * args.r,
+                    "scale must be float32, one per output of the padded weight");
+    args.scale = static_cast<const float*>(scale->const_data_ptr());
   }
+  STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::kTanh), "unknown activation");
+  args.activation = static_cast<Activation>(activation);
+  const ProductKernel kernel = linear_kernel(x.scalar_type(), values.scalar_type());
+  STD_TORCH_CHECK(kernel != nullptr, "the CPU kernels '", kernels().name, "' have none for this dtype");
   const int64_t shape[] = {args.m, n};
   Tensor y = empty_cpu(shape, 2, x.scalar_type());
   args.y = y.mutable_data_ptr();
-  run(args, x, values, kernels().linear_f32, linear_f64);
+  run(args, kernel, x.scalar_type() == ScalarType::Double ? sizeof(double) : sizeof(float));
   return y;
-}
-
-Tensor bcsr_linear_dx_cpu(const Tensor& dy, const Tensor& values, const Tensor& crow_t, const Tensor& row_t,
-                          const Tensor& pos_t, int64_t k) {
-  check_dense(dy, "dy", 2);
-  check_dense(values, "values", 3);
-  ProductArgs args{};
-  args.x = dy.const_data_ptr();
-  args.values = values.const_data_ptr();
-  args.begin = int32_data(crow_t, "crow_t");
-  args.narrow = is_narrow(row_t, "row_t");
-  args.other = row_t.const_data_ptr();
-  args.pos = int32_data(pos_t, "pos_t");
-  args.m = dy.size(0);
-  args.in = dy.size(1);
-  args.out = k;
-  args.c = values.size(1);
-  args.r = values.size(2);
-  args.lists = crow_t.numel() - 1;
-  STD_TORCH_CHECK(args.lists == (k + args.c - 1) / args.c, "crow_t has ", args.lists + 1,
-                  " entries, which does not fit k = ", k, " inputs in blocks of ", args.c);
-  STD_TORCH_CHECK(pos_t.numel() == row_t.numel(), "pos_t and row_t differ in length");
-  const int64_t shape[] = {args.m, k};
-  Tensor dx = empty_cpu(shape, 2, dy.scalar_type());
-  args.y = dx.mutable_data_ptr();
-  run(args, dy, values, kernels().linear_dx_f32, linear_dx_f64);
-  return dx;
-}
-
-Tensor bcsr_gather_cpu(const Tensor& weight, const Tensor& crow, const Tensor& col, int64_t r, int64_t c) {
-  check_dense(weight, "weight", 2);
-  const int32_t* begin = int32_data(crow, "crow");
-  const bool narrow = is_narrow(col, "col");
-  const int64_t rows = crow.numel() - 1;
-  STD_TORCH_CHECK(r > 0 && c > 0 && rows == (weight.size(0) + r - 1) / r, "crow has ", rows + 1,
-                  " entries, which does not fit ", weight.size(0), " outputs in blocks of ", r);
-  const size_t bytes = weight.element_size();
-  STD_TORCH_CHECK(bytes == 2 || bytes == 4 || bytes == 8, "weight must have elements of 2, 4 or 8 bytes");
-  const int64_t shape[] = {col.numel(), c, r};
-  Tensor values = empty_cpu(shape, 3, weight.scalar_type());
-  gather_blocks(weight.const_data_ptr(), weight.size(0), weight.size(1), r, c, begin, rows, col.const_data_ptr(),
-                narrow, bytes, values.mutable_data_ptr());
-  return values;
 }
 
 int64_t set_isa_op(int64_t level) {
@@ -119,11 +85,7 @@ int64_t max_isa_op() { return max_isa(); }
 }  // namespace
 }  // namespace sp
 
-STABLE_TORCH_LIBRARY_IMPL(sparse_pathways, CPU, m) {
-  m.impl("bcsr_linear", TORCH_BOX(&sp::bcsr_linear_cpu));
-  m.impl("bcsr_linear_dx", TORCH_BOX(&sp::bcsr_linear_dx_cpu));
-  m.impl("bcsr_gather", TORCH_BOX(&sp::bcsr_gather_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(sparse_pathways, CPU, m) { m.impl("bcsr_linear", TORCH_BOX(&sp::bcsr_linear_cpu)); }
 
 // No tensor among the arguments, so no CPU key to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(sparse_pathways, CompositeExplicitAutograd, m) {

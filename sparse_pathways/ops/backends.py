@@ -1,7 +1,8 @@
 """The only table of which kernel serves a product, and the words for it.
 
-Backends: "portable", "avx2", "avx512" (C++, CPU), "triton" (CUDA), "reference" (PyTorch, any device and dtype) and
-"dense" (`F.linear`, taken in training while nothing is pruned). The environment variable SPARSE_PATHWAYS_BACKEND, read
+Backends: "portable", "avx2", "avx512", "avx512_dot" (C++, CPU; the last is AVX-512 with VNNI, BF16 and VBMI), "triton"
+(CUDA), "reference" (PyTorch, any device and dtype) and "dense" (`F.linear`, taken in training while nothing is pruned).
+The environment variable SPARSE_PATHWAYS_BACKEND, read
 at the first product, forces one; a product it cannot serve is an error, not a fallback.
 """
 
@@ -18,7 +19,7 @@ import torch
 from sparse_pathways.checks import BackendUnavailable, Block
 from sparse_pathways.ops import library
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512_dot")
 NAMES = ("reference", *ISAS, "triton")
 VARIABLE = "SPARSE_PATHWAYS_BACKEND"
 

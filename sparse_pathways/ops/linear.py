@@ -22,7 +22,9 @@ LINEAR_DX = "sparse_pathways::bcsr_linear_dx"
 GATHER = "sparse_pathways::bcsr_gather"
 
 torch.library.define(
-    LINEAR, "(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? pos, Tensor? bias, int n) -> Tensor"
+    LINEAR,
+    "(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? pos, Tensor? bias, int n, Tensor? scale=None, "
+    "Tensor? residual=None, int activation=0) -> Tensor",
 )
 torch.library.define(
     LINEAR_DX, "(Tensor dy, Tensor values, Tensor crow_t, Tensor row_t, Tensor pos_t, int k) -> Tensor"
@@ -31,6 +33,11 @@ torch.library.define(GATHER, "(Tensor weight, Tensor crow, Tensor col, int r, in
 torch.library.define("sparse_pathways::set_isa", "(int level) -> int")
 torch.library.define("sparse_pathways::isa", "() -> int")
 torch.library.define("sparse_pathways::max_isa", "() -> int")
+
+
+# In the order of the enum in csrc/core/types.h.
+ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (lambda y: y, F.relu, F.gelu, F.silu, torch.tanh)
+ACTIVATION_NAMES = (None, "relu", "gelu", "silu", "tanh")
 
 
 # --- reference ----------------------------------------------------------------------------------------------------
@@ -43,13 +50,24 @@ def _dense(values: Tensor, rows: Tensor, cols: Tensor, blocks: int, columns: int
 
 
 def reference_linear(
-    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, pos: Tensor | None, bias: Tensor | None, n: int
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    pos: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: int = 0,
 ) -> Tensor:
-    """What `bcsr_linear` computes, in plain PyTorch: `x [M, K]` -> `[M, n]`."""
+    """What `bcsr_linear` computes, in plain PyTorch: `activation(x @ W.T * scale + bias) + residual`, `[M, n]`."""
     columns = -(-x.shape[1] // values.shape[1])
-    used = values if pos is None else values[pos]
-    weight = _dense(used, block_rows(crow, col.numel()), col.long(), crow.numel() - 1, columns)
-    return F.linear(x, weight[:n, : x.shape[1]], bias)
+    used = (values if pos is None else values[pos]).to(x.dtype)
+    weight = _dense(used, block_rows(crow, col.numel()), col.long(), crow.numel() - 1, columns)[:n, : x.shape[1]]
+    y = F.linear(x, weight if scale is None else weight * scale[:n, None], bias)
+    y = ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual
 
 
 def _reference_dx(dy: Tensor, values: Tensor, crow_t: Tensor, row_t: Tensor, pos_t: Tensor, k: int) -> Tensor:
@@ -72,19 +90,18 @@ torch.library.register_kernel(GATHER, None, _reference_gather)
 
 
 @torch.library.register_kernel(LINEAR, "cuda")
-def _cuda(
-    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, pos: Tensor | None, bias: Tensor | None, n: int
-) -> Tensor:
-    if backends.select("cuda", values.dtype, (values.shape[2], values.shape[1])) == "triton":
+def _cuda(x, values, crow, col, pos, bias, n, scale=None, residual=None, activation=0):  # type: ignore[no-untyped-def]
+    if backends.select("cuda", values.dtype, (values.shape[2], values.shape[1])) == "triton" and scale is None:
         from sparse_pathways.kernels.bcsr_linear import bcsr_linear  # imports Triton: only where it runs
 
-        return bcsr_linear(x, values, crow, col, pos, bias, n)
-    return reference_linear(x, values, crow, col, pos, bias, n)
+        y = ACTIVATIONS[activation](bcsr_linear(x, values, crow, col, pos, bias, n))
+        return y if residual is None else y + residual
+    return reference_linear(x, values, crow, col, pos, bias, n, scale, residual, activation)
 
 
 # --- fakes --------------------------------------------------------------------------------------------------------
 @torch.library.register_fake(LINEAR)
-def _fake_linear(x, values, crow, col, pos, bias, n):  # type: ignore[no-untyped-def]
+def _fake_linear(x, values, crow, col, pos, bias, n, scale=None, residual=None, activation=0):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], n)
 
 
@@ -106,7 +123,9 @@ def refuse_second_derivative() -> None:
 
 # --- autograd -----------------------------------------------------------------------------------------------------
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, values, crow, col, pos, bias, _ = inputs
+    x, values, crow, col, pos, bias, _, scale, residual, activation = inputs
+    if scale is not None or residual is not None or activation:
+        raise RuntimeError("bcsr_linear with a scale, a residual or an activation has no gradient; apply them after it")
     ctx.save_for_backward(x, values, crow, col, pos)
     ctx.has_bias = bias is not None
 
@@ -124,7 +143,7 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
         dvalues = _reference_gather(dy.T @ x, crow, col, values.shape[2], values.shape[1])
         if pos is not None:
             dvalues = torch.zeros_like(values).index_copy(0, pos.long(), dvalues)
-    return dx, dvalues, None, None, None, dy.sum(0) if ctx.has_bias else None, None
+    return dx, dvalues, None, None, None, dy.sum(0) if ctx.has_bias else None, *[None] * 4
 
 
 torch.library.register_autograd(LINEAR, _backward, setup_context=_save)
@@ -144,20 +163,7 @@ def linear(
     """`bcsr_linear` by the selected backend: `x [M, K]` contiguous -> `[M, n]`."""
     if _use_reference(values):
         return reference_linear(x, values, crow, col, pos, bias, n)
-    return _kernel(x, values, crow, col, pos, bias, n)
-
-
-def _kernel(
-    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, pos: Tensor | None, bias: Tensor | None, n: int
-) -> Tensor:
-    """The operator, past its autograd formula where no gradient is wanted: that is Python and slower than a kernel."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return _bcsr_linear(x, values, crow, col, pos, bias, n)
-    wants_grad = x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
-    if wants_grad and torch.is_grad_enabled():
-        return _bcsr_linear(x, values, crow, col, pos, bias, n)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _bcsr_linear(x, values, crow, col, pos, bias, n)
+    return _bcsr_linear(x, values, crow, col, pos, bias, n)
 
 
 def linear_dx(dy: Tensor, values: Tensor, crow_t: Tensor, row_t: Tensor, pos_t: Tensor, k: int) -> Tensor:
@@ -175,24 +181,33 @@ def gather(weight: Tensor, crow: Tensor, col: Tensor, r: int, c: int) -> Tensor:
 
 
 # --- public -------------------------------------------------------------------------------------------------------
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _product(x: Tensor, packed: PackedWeight, index: BlockIndex, bias: Tensor | None) -> Tensor:
+def _product(
+    x: Tensor,
+    packed: PackedWeight,
+    index: BlockIndex,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    activation: int = 0,
+) -> Tensor:
     """`x [M, K]` contiguous -> `[M, N]` through the backend that serves it."""
-    n, values = packed.shape[0], packed.values
-    backend = backends.select(packed.device.type, values.dtype, packed.block)
-    if packed.scale is not None:
-        y = reference_linear(x, values.to(x.dtype), *index, None, n) * packed.scale[:n]
-        return y if bias is None else y + bias
-    if backend == "reference":
-        return reference_linear(x, values, *index, bias, n)
-    return _kernel(x, values, *index, bias, n)
+    n, values, scale = packed.shape[0], packed.values, packed.scale
+    differentiable = _wants_grad(x, values, bias, residual)
+    if backends.select(packed.device.type, values.dtype, packed.block) == "reference" or (
+        differentiable and scale is not None
+    ):
+        return reference_linear(x, values, *index, bias, n, scale, residual, activation)
+    if torch.compiler.is_compiling() or differentiable:
+        y = ACTIVATIONS[activation](_bcsr_linear(x, values, *index, bias, n, scale))
+        return y if residual is None else y + residual
+    if torch.is_inference_mode_enabled():
+        return _bcsr_linear(x, values, *index, bias, n, scale, residual, activation)
+    # Past the autograd formula, which is Python and slower than a kernel.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _bcsr_linear(x, values, *index, bias, n, scale, residual, activation)
 
 
 def _mixed(x: Tensor, packed: PackedWeight, rows: Tensor, bias: Tensor | None) -> Tensor:
@@ -272,21 +287,24 @@ def sparse_linear(
         raise ValueError(
             f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}; want {wanted} ({n},) on {x.device}"
         )
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation = {activation!r}; choose one of {', '.join(ACTIVATIONS)} or None")
+    if activation not in ACTIVATION_NAMES:
+        names = ", ".join(name for name in ACTIVATION_NAMES if name)
+        raise ValueError(f"activation = {activation!r}; choose one of {names} or None")
+    shape = (*x.shape[:-1], n)
+    if residual is not None and (residual.shape != shape or residual.dtype != wanted or residual.device != x.device):
+        raise ValueError(
+            f"residual is {residual.dtype} {tuple(residual.shape)} on {residual.device}; "
+            f"want {wanted} {shape} on {x.device}"
+        )
     flat = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
+    added = None if residual is None else residual.reshape(-1, n).contiguous()
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
+    number = ACTIVATION_NAMES.index(activation)
     if isinstance(pathway, Tensor):
-        y = _mixed(flat, packed, _check_rows(pathway, packed, flat.shape[0]), bias)
+        rows = _check_rows(pathway, packed, flat.shape[0])
+        y = ACTIVATIONS[number](_mixed(flat, packed, rows, bias))
+        y = y if added is None else y + added
     else:
-        y = _product(flat, packed, packed.index(pathway), bias)
-    if x.dim() != 2:
-        y = y.view(*x.shape[:-1], n)
-    if activation is not None:
-        y = ACTIVATIONS[activation](y)
-    if residual is not None:
-        if residual.shape != y.shape or residual.dtype != y.dtype:
-            raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}; want {y.dtype} {tuple(y.shape)}")
-        y = y + residual
-    return y
+        y = _product(flat, packed, packed.index(pathway), bias, added, number)
+    return y if x.dim() == 2 else y.view(shape)

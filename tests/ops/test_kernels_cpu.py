@@ -257,7 +257,7 @@ def test_set_isa_returns_the_level_before_and_refuses_others():
 
 
 WRONG = {  # argument of bcsr_linear -> (its bad value, made from the good one; what the error must say)
-    "x-dtype": (0, lambda x: x.to(torch.bfloat16), "float32 and float64"),
+    "x-dtype": (0, lambda x: x.to(torch.bfloat16), "differ in dtype"),
     "x-strided": (0, lambda x: x.T.contiguous().T, "x is not contiguous"),
     "x-1d": (0, lambda x: x[0], "x has 1 dimensions"),
     "values-dtype": (1, lambda values: values.double(), "differ in dtype"),

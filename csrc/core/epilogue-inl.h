@@ -1,0 +1,127 @@
+// What happens to a sum before it is stored: y = activation(sum * scale + bias) + residual.
+#pragma once
+
+#include "core/math-inl.h"
+
+namespace sp {
+namespace {
+
+// kN values of type Y as accumulators.
+template <int kN>
+SP_INLINE Vec<float, kN> load_wide(const float* from) {
+  return load<kN>(from);
+}
+template <int kN>
+SP_INLINE Vec<double, kN> load_wide(const double* from) {
+  return load<kN>(from);
+}
+template <int kN>
+SP_INLINE Vec<float, kN> load_wide(const Bf16* from) {
+  const Vec<uint32_t, kN> bits = __builtin_convertvector(load<kN>(&from->bits), typename VecOf<uint32_t, kN>::type);
+  return (Vec<float, kN>)(bits << 16);
+}
+
+template <int kN>
+SP_INLINE void store_narrow(float* to, Vec<float, kN> value) {
+  store<kN>(to, value);
+}
+template <int kN>
+SP_INLINE void store_narrow(double* to, Vec<double, kN> value) {
+  store<kN>(to, value);
+}
+// Round to nearest, ties to even; a NaN stays a NaN.
+template <int kN>
+SP_INLINE void store_narrow(Bf16* to, Vec<float, kN> value) {
+  using U = Vec<uint32_t, kN>;
+  const U bits = (U)value;
+  const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const U quiet = (bits >> 16) | 0x40;
+  store<kN>(&to->bits, __builtin_convertvector((U)(value != value ? quiet : rounded), Vec<uint16_t, kN>));
+}
+
+template <typename Acc, int kN>
+SP_INLINE Vec<Acc, kN> activate(Vec<Acc, kN> v, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      return v;
+    case Activation::kRelu:
+      return v < Acc(0) ? v - v : v;  // not max(v, 0): a NaN must stay
+    case Activation::kGelu:
+      return v * Acc(0.5) * (Acc(1) + verf<Acc, kN>(v * Acc(0.70710678118654752)));
+    case Activation::kSilu:
+      return v * vsigmoid<Acc, kN>(v);
+    case Activation::kTanh:
+      return vtanh<Acc, kN>(v);
+  }
+  return v;
+}
+
+// Y: type of y, bias and residual. Acc: type of the sums.
+template <typename Y, typename Acc>
+struct Epilogue {
+  const float* scale;  // one per output, or null
+  const Y* bias;
+  const Y* residual;
+  Y* y;
+  int64_t out;
+  Activation activation;
+
+  explicit Epilogue(const ProductArgs& args)
+      : scale(args.scale),
+        bias(static_cast<const Y*>(args.bias)),
+        residual(static_cast<const Y*>(args.residual)),
+        y(static_cast<Y*>(args.y)),
+        out(args.out),
+        activation(args.activation) {}
+
+  template <int kN>
+  SP_INLINE Vec<Acc, kN> finish(int64_t row, int64_t n, Vec<Acc, kN> sum) const {
+    if constexpr (sizeof(Acc) == 4) {
+      if (scale != nullptr) sum *= load<kN>(scale + n);
+    }
+    if (bias != nullptr) sum += load_wide<kN>(bias + n);
+    if (activation != Activation::kNone) sum = activate<Acc, kN>(sum, activation);
+    if (residual != nullptr) sum += load_wide<kN>(residual + row * out + n);
+    return sum;
+  }
+
+  // Outputs n .. n + kN - 1 of row `row`; those from n + live on do not exist.
+  template <int kN>
+  SP_INLINE void put(int64_t row, int64_t n, Vec<Acc, kN> sum, int64_t live) const {
+    if (__builtin_expect(live >= kN, 1)) {
+      store_narrow<kN>(y + row * out + n, finish<kN>(row, n, sum));
+      return;
+    }
+    for (int64_t i = 0; i < live; ++i) {
+      const Vec<Acc, 1> one = {sum[i]};
+      store_narrow<1>(y + row * out + n + i, finish<1>(row, n + i, one));
+    }
+  }
+};
+
+// Sums of outputs n .. n + height - 1 (height <= 8) as tile[r * kWidth + i], i the row counted from `row`.
+template <int kWidth, typename Y, typename Acc>
+SP_INLINE void put_tile(const Epilogue<Y, Acc>& epilogue, const Acc* tile, int64_t row, int64_t rows, int64_t n,
+                        int64_t height) {
+  if constexpr (sizeof(Acc) == 4 && kWidth % 8 == 0) {
+    if (height == 8) {
+      const Acc* from[8];
+      Acc square[64];
+      for (int64_t i = 0; i < rows; i += 8) {
+        for (int q = 0; q < 8; ++q) from[q] = tile + q * kWidth + i;
+        transpose8x8(from, square, 8);
+        const int64_t live = rows - i < 8 ? rows - i : 8;
+        for (int64_t q = 0; q < live; ++q) epilogue.template put<8>(row + i + q, n, load<8>(square + q * 8), 8);
+      }
+      return;
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    Vec<Acc, 8> sums = {};
+    for (int64_t r = 0; r < height; ++r) sums[r] = tile[r * kWidth + i];
+    epilogue.template put<8>(row + i, n, sums, height);
+  }
+}
+
+}  // namespace
+}  // namespace sp

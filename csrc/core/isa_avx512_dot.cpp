@@ -1,0 +1,20 @@
+// Kernels compiled for "avx512_dot", AVX-512 with VNNI, BF16 and VBMI (Zen 4, Sapphire Rapids and later); its compiler
+// flags are set in CMakeLists.txt.
+#define SP_VECTOR_BYTES 64
+#define SP_SLICE 8  // outputs per pass of a K-major kernel: accumulators, x and a weight fill the vector registers
+
+#include "core/linear-inl.h"
+#include "core/linear_dx-inl.h"
+
+namespace sp {
+
+extern const KernelTable kernels_avx512_dot;
+const KernelTable kernels_avx512_dot = {
+    .name = "avx512_dot",
+    .linear_f32 = &linear<float>,
+    .linear_bf16 = nullptr,
+    .linear_i8 = nullptr,
+    .linear_dx_f32 = &linear_dx<float>,
+};
+
+}  // namespace sp
