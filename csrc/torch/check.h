@@ -35,9 +35,11 @@ inline bool is_narrow(const Tensor& ids, const char* name) {
   return type == ScalarType::UInt16;
 }
 
+constexpr int64_t kMaxDim = 8;  // of x and y
+
 // Uninitialised contiguous CPU tensor; the C call, because the stable C++ `empty` goes through the dispatcher by name.
 inline Tensor empty_cpu(const int64_t* sizes, int64_t dim, ScalarType type) {
-  int64_t strides[4];
+  int64_t strides[kMaxDim];
   int64_t stride = 1;
   for (int64_t i = dim; i-- > 0;) {
     strides[i] = stride;

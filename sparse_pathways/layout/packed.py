@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ class PackedWeight:
         scale: float32 `[NB * R]`, one per output, for int8 values; else None.
         device: where the tensors are.
         indices: one BlockIndex per pathway.
+        prepared: what operators keep with this weight, by pathway; theirs alone.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class PackedWeight:
         """Index `values` (the union's blocks in row order) by `masks`, {name: bool `[NB, KB]`}."""
         self.shape, self.block, self.values, self.scale = shape, block, values, scale
         self.device = values.device
+        self.prepared: dict[object, Any] = {}
         self.pathways = tuple(masks)
         stacked = torch.stack(list(masks.values()))
         union = stacked.any(0)
@@ -171,7 +173,7 @@ class PackedWeight:
     def _apply(self, convert) -> PackedWeight:  # type: ignore[no-untyped-def]
         moved = object.__new__(PackedWeight)
         moved.shape, moved.block, moved.pathways = self.shape, self.block, self.pathways
-        moved.values = convert(self.values)
+        moved.values, moved.prepared = convert(self.values), {}
         moved.device = moved.values.device
         moved.scale = None if self.scale is None else self.scale.to(moved.values.device)
         moved.indices = tuple(

@@ -244,7 +244,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in_features]` -> `[..., out_features]` through the active pathway."""
-        return sparse_linear(x, self.packed, self.bias, pathway=self.active)
+        # _buffers: past nn.Module's __getattr__, which would cost a tenth of a small product.
+        return sparse_linear(x, self.packed, self._buffers["bias"], pathway=self.active)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         self.packed = self.packed._apply(fn)

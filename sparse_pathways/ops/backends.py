@@ -26,6 +26,7 @@ VARIABLE = "SPARSE_PATHWAYS_BACKEND"
 _forced: str | None = None
 _isa: str | None = None  # the CPU kernels in use; None until the first product, or when they are missing
 _initialised = False
+epoch = 0  # counts the choices made by `force`: what was prepared under an earlier one is stale
 
 
 def _why_not(name: str, device: str, dtype: torch.dtype, block: Block) -> str | None:
@@ -62,7 +63,7 @@ def force(name: str | None) -> None:
     Raises:
         BackendUnavailable: unknown name, or one that this machine cannot run on the CPU.
     """
-    global _forced, _isa, _initialised
+    global _forced, _isa, _initialised, epoch
     if name is not None and name not in NAMES:
         raise BackendUnavailable(f"backend = {name!r} is not known; choose one of {', '.join(NAMES)}")
     if library.MISSING is None:
@@ -71,7 +72,7 @@ def force(name: str | None) -> None:
         level = ISAS.index(name) if name in ISAS else torch.ops.sparse_pathways.max_isa()
         torch.ops.sparse_pathways.set_isa(level)
         _isa = ISAS[level]
-    _forced, _initialised = name, True
+    _forced, _initialised, epoch = name, True, epoch + 1
 
 
 def initialise() -> None:

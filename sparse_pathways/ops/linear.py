@@ -16,6 +16,7 @@ from sparse_pathways.checks import unknown_pathway
 from sparse_pathways.layout.bcsr import block_rows, transpose
 from sparse_pathways.layout.packed import BlockIndex, PackedWeight
 from sparse_pathways.ops import backends
+from sparse_pathways.ops.prepared import Prepared, packed_linear
 
 LINEAR = "sparse_pathways::bcsr_linear"
 LINEAR_DX = "sparse_pathways::bcsr_linear_dx"
@@ -220,6 +221,11 @@ def _mixed(x: Tensor, packed: PackedWeight, rows: Tensor, bias: Tensor | None) -
     return y
 
 
+def _plain(y: Tensor) -> bool:
+    """An eager result: not a compiler's stand-in, from which no pointer could be taken."""
+    return type(y) is Tensor and not torch.compiler.is_compiling()
+
+
 def _check_rows(rows: Tensor, packed: PackedWeight, count: int) -> Tensor:
     if rows.dtype != torch.int64 or rows.dim() != 1 or rows.numel() != count:
         raise ValueError(
@@ -269,6 +275,31 @@ def sparse_linear(
         TypeError: wrong dtype. ValueError: wrong shape, device or activation. KeyError: unknown pathway.
         BackendUnavailable: a forced backend cannot serve this product.
     """
+    try:
+        ready = packed.prepared.get(pathway)
+        if (
+            not torch.compiler.is_compiling()
+            and ready is not None
+            and ready.bias is bias
+            and ready.activation == activation
+            and ready.epoch == backends.epoch
+            and not (torch.is_grad_enabled() and (ready.trains or x.requires_grad or residual is not None))
+        ):
+            return packed_linear(x, ready.handle, residual)
+    except (AttributeError, RuntimeError, TypeError):
+        pass  # the checks of the long way word what is wrong
+    return _checked(x, packed, bias, pathway, activation, residual)
+
+
+def _checked(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    pathway: str | Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """`sparse_linear` with every argument looked at; leaves a prepared product for the next call where it can."""
     if not isinstance(packed, PackedWeight) or not isinstance(x, Tensor):
         raise TypeError(
             f"x is a {type(x).__name__}, packed a {type(packed).__name__}; want a Tensor and a PackedWeight"
@@ -306,5 +337,8 @@ def sparse_linear(
         y = ACTIVATIONS[number](_mixed(flat, packed, rows, bias))
         y = y if added is None else y + added
     else:
-        y = _product(flat, packed, packed.index(pathway), bias, added, number)
+        index = packed.index(pathway)
+        y = _product(flat, packed, index, bias, added, number)
+        if backends.select(packed.device.type, packed.dtype, packed.block) in backends.ISAS and _plain(y):
+            packed.prepared[pathway] = Prepared(packed, index, bias, activation, number)
     return y if x.dim() == 2 else y.view(shape)

@@ -1,0 +1,109 @@
+// A packed weight with all that its product needs but x, and the product itself.
+#pragma once
+
+#include "core/isa.h"
+#include "torch/check.h"
+#include "torch/run.h"
+
+namespace sp {
+
+struct LinearOperands {
+  Tensor values, crow, col;
+  std::optional<Tensor> pos, scale, bias;
+  int64_t n;
+  int64_t activation;
+};
+
+// dtype of x for values of `type`.
+inline ScalarType x_type(ScalarType type) { return type == ScalarType::Char ? ScalarType::Float : type; }
+
+inline ProductKernel linear_kernel(ScalarType values) {
+  const KernelTable& table = kernels();
+  switch (values) {
+    case ScalarType::Float:
+      return table.linear_f32;
+    case ScalarType::BFloat16:
+      return table.linear_bf16;
+    case ScalarType::Char:
+      return table.linear_i8;
+    case ScalarType::Double:
+      return linear_f64;
+    default:
+      return nullptr;
+  }
+}
+
+// Refuses operands that do not fit one another and a weight of n x k.
+inline void check_operands(const LinearOperands& w) {
+  check_dense(w.values, "values", 3);
+  int32_data(w.crow, "crow");
+  is_narrow(w.col, "col");
+  const int64_t lists = w.crow.numel() - 1, height = w.values.size(2);
+  STD_TORCH_CHECK(height > 0 && w.values.size(1) > 0 && lists == (w.n + height - 1) / height, "crow has ", lists + 1,
+                  " entries, which does not fit n = ", w.n, " outputs in blocks of ", height);
+  if (w.pos.has_value()) {
+    int32_data(*w.pos, "pos");
+    STD_TORCH_CHECK(w.pos->numel() == w.col.numel(), "pos and col differ in length");
+  } else {
+    STD_TORCH_CHECK(w.values.size(0) >= w.col.numel(), "values holds fewer blocks than col names");
+  }
+  const ScalarType type = w.values.scalar_type();
+  if (w.bias.has_value()) {
+    check_dense(*w.bias, "bias", 1);
+    STD_TORCH_CHECK(w.bias->numel() == w.n && w.bias->scalar_type() == x_type(type), "bias must be [n] of x's dtype");
+  }
+  STD_TORCH_CHECK((type == ScalarType::Char) == w.scale.has_value(), "int8 values, and they alone, need scale");
+  if (w.scale.has_value()) {
+    check_dense(*w.scale, "scale", 1);
+    STD_TORCH_CHECK(w.scale->scalar_type() == ScalarType::Float && w.scale->numel() == lists * height,
+                    "scale must be float32, one per output of the padded weight");
+  }
+  STD_TORCH_CHECK(w.activation >= 0 && w.activation <= static_cast<int64_t>(Activation::kTanh), "unknown activation");
+}
+
+inline const void* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+// activation(x @ W.T * scale + bias) + residual for x [..., K], contiguous; operands are checked.
+inline Tensor run_linear(const Tensor& x, const LinearOperands& w, const std::optional<Tensor>& residual, int64_t k) {
+  const ScalarType type = w.values.scalar_type();
+  STD_TORCH_CHECK(x.scalar_type() == x_type(type), "values and x differ in dtype");
+  const int64_t dim = x.dim();
+  STD_TORCH_CHECK(dim > 0 && dim <= kMaxDim && x.size(dim - 1) == k, "x must be [..., ", k, "], at most ", kMaxDim,
+                  " dimensions");
+  STD_TORCH_CHECK(x.is_contiguous() && x.is_cpu(), "x must be contiguous and on the CPU");
+  int64_t shape[kMaxDim];
+  ProductArgs args{};
+  args.m = 1;
+  for (int64_t i = 0; i + 1 < dim; ++i) args.m *= shape[i] = x.size(i);
+  shape[dim - 1] = w.n;
+  args.x = x.const_data_ptr();
+  args.values = w.values.const_data_ptr();
+  args.begin = static_cast<const int32_t*>(w.crow.const_data_ptr());
+  args.narrow = w.col.scalar_type() == ScalarType::UInt16;
+  args.other = w.col.const_data_ptr();
+  args.pos = static_cast<const int32_t*>(data_or_null(w.pos));
+  args.bias = data_or_null(w.bias);
+  args.scale = static_cast<const float*>(data_or_null(w.scale));
+  args.activation = static_cast<Activation>(w.activation);
+  args.in = k;
+  args.out = w.n;
+  args.c = w.values.size(1);
+  args.r = w.values.size(2);
+  args.lists = w.crow.numel() - 1;
+  if (residual.has_value()) {
+    STD_TORCH_CHECK(residual->is_contiguous() && residual->numel() == args.m * w.n &&
+                        residual->scalar_type() == x.scalar_type() && residual->is_cpu(),
+                    "residual must be contiguous, of x's dtype and y's shape");
+    args.residual = residual->const_data_ptr();
+  }
+  const ProductKernel kernel = linear_kernel(type);
+  STD_TORCH_CHECK(kernel != nullptr, "the CPU kernels '", kernels().name, "' have none for this dtype");
+  Tensor y = empty_cpu(shape, dim, x.scalar_type());
+  args.y = y.mutable_data_ptr();
+  run(args, kernel, type == ScalarType::Double ? sizeof(double) : sizeof(float));
+  return y;
+}
+
+}  // namespace sp

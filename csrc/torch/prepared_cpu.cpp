@@ -1,0 +1,56 @@
+// A product whose weight was looked at once: `packed_linear(x, handle)`.
+//
+// A call of `bcsr_linear` costs as much as a small product, most of it for nine tensors and options that stay the same
+// from call to call. A handle stands for all of them but x. Python owns handles (ops/prepared.py): it makes one per
+// weight, pathway and bias, and releases it with them.
+#include "torch/linear.h"
+
+namespace sp {
+namespace {
+
+constexpr uint64_t kAlive = 0x5350'4c49'4e45'4152;
+
+struct Prepared {
+  uint64_t alive;  // kAlive until released: a stale handle is refused instead of followed, as far as that can be seen
+  LinearOperands operands;
+  int64_t k;
+};
+
+Prepared* find(int64_t handle) {
+  Prepared* prepared = reinterpret_cast<Prepared*>(handle);
+  STD_TORCH_CHECK(prepared != nullptr && prepared->alive == kAlive, "handle is not of a prepared weight");
+  return prepared;
+}
+
+int64_t prepare_linear_cpu(const Tensor& values, const Tensor& crow, const Tensor& col,
+                           const std::optional<Tensor>& pos, const std::optional<Tensor>& bias, int64_t n, int64_t k,
+                           const std::optional<Tensor>& scale, int64_t activation) {
+  const LinearOperands operands{values, crow, col, pos, scale, bias, n, activation};
+  check_operands(operands);
+  return reinterpret_cast<int64_t>(new Prepared{kAlive, operands, k});
+}
+
+void release_linear_op(int64_t handle) {
+  Prepared* prepared = find(handle);
+  prepared->alive = 0;
+  delete prepared;
+}
+
+// x [..., K] of the weight's x_dtype, any strides.
+Tensor packed_linear_cpu(const Tensor& x, int64_t handle, const std::optional<Tensor>& residual) {
+  const Prepared& weight = *find(handle);
+  if (!x.is_contiguous()) return run_linear(torch::stable::contiguous(x), weight.operands, residual, weight.k);
+  return run_linear(x, weight.operands, residual, weight.k);
+}
+
+}  // namespace
+}  // namespace sp
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_pathways, CPU, m) {
+  m.impl("prepare_linear", TORCH_BOX(&sp::prepare_linear_cpu));
+  m.impl("packed_linear", TORCH_BOX(&sp::packed_linear_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_pathways, CompositeExplicitAutograd, m) {
+  m.impl("release_linear", TORCH_BOX(&sp::release_linear_op));
+}

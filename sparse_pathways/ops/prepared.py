@@ -1,0 +1,60 @@
+"""Prepared products: `sparse_pathways::packed_linear(x, handle)`, the shortest way from Python into a CPU kernel.
+
+A handle stands for a packed weight, one pathway, a bias and an activation, all checked once. It is an eager-only short
+cut for inference: under a compiler, with gradients or off the CPU, `sparse_linear` takes `bcsr_linear`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from sparse_pathways.layout.packed import BlockIndex, PackedWeight
+from sparse_pathways.ops import backends
+
+PACKED_LINEAR = "sparse_pathways::packed_linear"
+
+torch.library.define(
+    "sparse_pathways::prepare_linear",
+    "(Tensor values, Tensor crow, Tensor col, Tensor? pos, Tensor? bias, int n, int k, Tensor? scale, int activation) "
+    "-> int",
+)
+torch.library.define("sparse_pathways::release_linear", "(int handle) -> ()")
+torch.library.define(PACKED_LINEAR, "(Tensor x, int handle, Tensor? residual=None) -> Tensor")
+
+_LIBRARY = torch.library.Library("sparse_pathways", "IMPL")
+# Gradients never come here (`sparse_linear` sees to it), so autograd has nothing to record: no detour, no graph node.
+_LIBRARY.impl("packed_linear", torch.library.fallthrough_kernel, "Autograd")
+_LIBRARY.impl("packed_linear", torch.library.fallthrough_kernel, "ADInplaceOrView")
+
+
+def _refuse(*_: object) -> Tensor:
+    raise RuntimeError("packed_linear is for eager calls outside autocast")
+
+
+_LIBRARY.impl("packed_linear", _refuse, "AutocastCPU")
+torch.library.register_fake(PACKED_LINEAR)(_refuse)
+
+packed_linear = torch.ops.sparse_pathways.packed_linear.default
+
+
+class Prepared:
+    """Owner of one handle, with what tells whether the next call may use it."""
+
+    __slots__ = ("activation", "bias", "epoch", "handle", "trains")
+
+    def __init__(
+        self, packed: PackedWeight, index: BlockIndex, bias: Tensor | None, activation: str | None, number: int
+    ) -> None:
+        self.bias, self.activation, self.epoch, self.handle = bias, activation, backends.epoch, 0
+        self.trains = packed.values.requires_grad or (bias is not None and bias.requires_grad)
+        self.handle = torch.ops.sparse_pathways.prepare_linear.default(
+            packed.values, *index, bias, *packed.shape, packed.scale, number
+        )
+
+    def __del__(self, release=torch.ops.sparse_pathways.release_linear.default, finalizing=sys.is_finalizing) -> None:  # type: ignore[no-untyped-def]
+        # Bound as defaults: when the interpreter ends, the modules may be gone before the last weight.
+        if self.handle and not finalizing():
+            release(self.handle)
