@@ -65,6 +65,7 @@ struct Epilogue {
   Y* y;
   int64_t out;
   Activation activation;
+  bool plain;  // nothing but a bias
 
   explicit Epilogue(const ProductArgs& args)
       : scale(args.scale),
@@ -72,7 +73,8 @@ struct Epilogue {
         residual(static_cast<const Y*>(args.residual)),
         y(static_cast<Y*>(args.y)),
         out(args.out),
-        activation(args.activation) {}
+        activation(args.activation),
+        plain(args.scale == nullptr && args.residual == nullptr && args.activation == Activation::kNone) {}
 
   template <int kN>
   SP_INLINE Vec<Acc, kN> finish(int64_t row, int64_t n, Vec<Acc, kN> sum) const {
@@ -88,7 +90,18 @@ struct Epilogue {
   // Outputs n .. n + kN - 1 of row `row`; those from n + live on do not exist.
   template <int kN>
   SP_INLINE void put(int64_t row, int64_t n, Vec<Acc, kN> sum, int64_t live) const {
-    if (__builtin_expect(live >= kN, 1)) {
+    if (__builtin_expect(plain && live >= kN, 1)) {
+      if (bias != nullptr) sum += load_wide<kN>(bias + n);
+      store_narrow<kN>(y + row * out + n, sum);
+    } else {
+      put_other<kN>(row, n, sum, live);
+    }
+  }
+
+  // Out of line: kernels call `put` in many places, and the activations are long.
+  template <int kN>
+  __attribute__((noinline)) void put_other(int64_t row, int64_t n, Vec<Acc, kN> sum, int64_t live) const {
+    if (live >= kN) {
       store_narrow<kN>(y + row * out + n, finish<kN>(row, n, sum));
       return;
     }
@@ -99,27 +112,35 @@ struct Epilogue {
   }
 };
 
-// Sums of outputs n .. n + height - 1 (height <= 8) as tile[r * kWidth + i], i the row counted from `row`.
+// Sums of outputs n .. n + count - 1 (count <= 16) as tile[r * kWidth + i], i the row counted from `row`.
 template <int kWidth, typename Y, typename Acc>
-SP_INLINE void put_tile(const Epilogue<Y, Acc>& epilogue, const Acc* tile, int64_t row, int64_t rows, int64_t n,
-                        int64_t height) {
+void put_tile(const Epilogue<Y, Acc>& epilogue, const Acc* tile, int64_t row, int64_t rows, int64_t n, int64_t count) {
+  int64_t done = 0;
   if constexpr (sizeof(Acc) == 4 && kWidth % 8 == 0) {
-    if (height == 8) {
+    done = count & ~int64_t{7};
+    const bool whole = done == 16;
+    for (int64_t i = 0; i < rows && done > 0; i += 8) {
+      Vec<Acc, 8> low[8], high[8];
       const Acc* from[8];
-      Acc square[64];
-      for (int64_t i = 0; i < rows; i += 8) {
-        for (int q = 0; q < 8; ++q) from[q] = tile + q * kWidth + i;
-        transpose8x8(from, square, 8);
-        const int64_t live = rows - i < 8 ? rows - i : 8;
-        for (int64_t q = 0; q < live; ++q) epilogue.template put<8>(row + i + q, n, load<8>(square + q * 8), 8);
+      for (int q = 0; q < 8; ++q) from[q] = tile + q * kWidth + i;
+      transpose8x8(from, low);
+      if (whole) {
+        for (int q = 0; q < 8; ++q) from[q] = tile + (8 + q) * kWidth + i;
+        transpose8x8(from, high);
       }
-      return;
+      const int64_t live = rows - i < 8 ? rows - i : 8;
+      SP_UNROLL for (int q = 0; q < 8; ++q) {
+        if (q >= live) break;
+        epilogue.template put<8>(row + i + q, n, low[q], 8);
+        if (whole) epilogue.template put<8>(row + i + q, n + 8, high[q], 8);
+      }
     }
   }
-  for (int64_t i = 0; i < rows; ++i) {
-    Vec<Acc, 8> sums = {};
-    for (int64_t r = 0; r < height; ++r) sums[r] = tile[r * kWidth + i];
-    epilogue.template put<8>(row + i, n, sums, height);
+  for (int64_t i = 0; i < rows && done < count; ++i) {
+    for (int64_t r = done; r < count; ++r) {
+      const Vec<Acc, 1> one = {tile[r * kWidth + i]};
+      epilogue.template put<1>(row + i, n + r, one, 1);
+    }
   }
 }
 

@@ -1,12 +1,13 @@
-// bcsr_linear, forward, CPU.   y[M, N] = x[M, K] @ W[N, K].T + bias[N]
+// bcsr_linear, forward, CPU.   y[M, N] = activation(x[M, K] @ W[N, K].T + bias[N]) + residual[M, N]
 //
 // W      block rows of R outputs, layout `bcsr`: values [block][C][R], crow [NB + 1] int32, col [entries] uint16/int32,
 //        optionally pos [entries] int32: entry e then uses block pos[e] (several pathways over one set of values)
-// x, y   row-major and contiguous, float or double; bias N or null
-// Maths  operands and accumulators in the type of x; up to four partial sums per output at M = 1, two at 2 <= M <= 8
-// Limits any R, C, M >= 0, N, K; blocks may stick out of the weight. Fast for R % 8 == 0, tuned for 8x1
-// Cost   M = 1: bound by the loads of values (one 32-byte block a cycle from L1). M in 2..8: x packed as [K][4 or 8].
-//        Above: panels of x packed K-major, rows in vector lanes, weights broadcast: bound by the multiply-adds.
+// x, y   row-major and contiguous, float or double
+// Maths  operands and accumulators in the type of x; up to four partial sums per output at M = 1, two at 2 <= M <= 6
+// Limits any R, C, M >= 0, N, K; blocks may stick out of the weight. Fast for R % 8 == 0 and for 4x4, tuned for 8x1
+// Cost   M = 1: bound by the loads of values (one 32-byte block a cycle from L1; out of L2 by its bandwidth).
+//        M in 2..8: outputs in vector lanes, one accumulator per row, x broadcast. Above: panels of x packed K-major,
+//        rows in vector lanes, weights broadcast: bound by the multiply-adds.
 //        Each panel reads all kept blocks once; pruned blocks are never touched
 #pragma once
 
@@ -16,10 +17,10 @@
 namespace sp {
 namespace {
 
-// The lists of the product with their types; R = 8 and C = 1 are constants to the compiler when k8x1.
-template <typename T, typename Col, bool kIndirect, bool k8x1>
+// The lists of the product with their types. kR and kC: the block shape where it is a constant to the compiler, else 0.
+template <typename T, typename Col, bool kIndirect, int kR, int kC>
 struct BlockRows {
-  static constexpr bool kEightByOne = k8x1;
+  static constexpr int kHeight = kR, kWidth = kC;
 
   explicit BlockRows(const ProductArgs& args)
       : values(static_cast<const T*>(args.values)),
@@ -32,8 +33,8 @@ struct BlockRows {
         width(args.c),
         epilogue(args) {}
 
-  SP_INLINE int64_t r() const { return k8x1 ? 8 : height; }
-  SP_INLINE int64_t c() const { return k8x1 ? 1 : width; }
+  SP_INLINE int64_t r() const { return kR > 0 ? kR : height; }
+  SP_INLINE int64_t c() const { return kC > 0 ? kC : width; }
   SP_INLINE const T* block(int64_t e) const { return values + (kIndirect ? pos[e] : e) * (r() * c()); }
   // First input of entry e.
   SP_INLINE int64_t input(int64_t e) const { return static_cast<int64_t>(col[e]) * c(); }
@@ -42,6 +43,7 @@ struct BlockRows {
     const int64_t left = out - b * r() - r0;
     return left < most ? left : most;
   }
+
   const T* values;
   const int32_t* crow;
   const Col* col;
@@ -54,22 +56,27 @@ struct BlockRows {
 template <int kS, typename T, typename W>
 SP_INLINE void gemv_slice(const W& w, const T* x, int64_t row, int64_t b, int64_t r0) {
   Vec<T, kS> sum[4] = {};
-  const auto add = [&](int64_t e, Vec<T, kS>& chain) SP_ALWAYS_INLINE {
-    const T* block = w.block(e) + r0;
-    const int64_t first = w.input(e);
-    const int64_t last = first + w.c() < w.in ? first + w.c() : w.in;
-    if (w.c() == 1) {
-      chain += load<kS>(block) * x[first];
-    } else {
-      for (int64_t k = first; k < last; ++k) chain += load<kS>(block + (k - first) * w.r()) * x[k];
-    }
-  };
   int64_t e = w.crow[b];
   const int64_t end = w.crow[b + 1];
-  for (; e + 4 <= end; e += 4) {
-    SP_UNROLL for (int q = 0; q < 4; ++q) add(e + q, sum[q]);
+  if (w.c() == 1) {
+    const auto add = [&](int64_t e, Vec<T, kS>& chain)
+                         SP_ALWAYS_INLINE { chain += load<kS>(w.block(e) + r0) * x[w.input(e)]; };
+    for (; e + 4 <= end; e += 4) {
+      SP_UNROLL for (int q = 0; q < 4; ++q) add(e + q, sum[q]);
+    }
+    for (; e < end; ++e) add(e, sum[0]);
+  } else {
+    for (; e < end; ++e) {
+      const T* block = w.block(e) + r0;
+      const T* from = x + w.input(e);
+      const int64_t across = w.in - w.input(e) < w.c() ? w.in - w.input(e) : w.c();
+      int64_t j = 0;
+      for (; j + 4 <= across; j += 4) {
+        SP_UNROLL for (int q = 0; q < 4; ++q) sum[q] += load<kS>(block + (j + q) * w.r()) * from[j + q];
+      }
+      for (; j < across; ++j) sum[0] += load<kS>(block + j * w.r()) * from[j];
+    }
   }
-  for (; e < end; ++e) add(e, sum[0]);
   w.epilogue.template put<kS>(row, b * w.r() + r0, (sum[0] + sum[1]) + (sum[2] + sum[3]), w.live(b, r0, kS));
 }
 
@@ -77,30 +84,87 @@ template <typename T, typename W>
 void gemv(const W& w, const T* x, int64_t row, int64_t b0, int64_t b1) {
   for (int64_t b = b0; b < b1; ++b) {
     int64_t r0 = 0;
+    if constexpr (W::kHeight != 8 && SP_VECTOR_BYTES == 64 && sizeof(T) == 4) {
+      for (; r0 + 16 <= w.r(); r0 += 16) gemv_slice<16>(w, x, row, b, r0);
+    }
     for (; r0 + 8 <= w.r(); r0 += 8) gemv_slice<8>(w, x, row, b, r0);
-    if constexpr (!W::kEightByOne) {
+    if constexpr (W::kHeight != 8) {
       for (; r0 + 4 <= w.r(); r0 += 4) gemv_slice<4>(w, x, row, b, r0);
       for (; r0 < w.r(); ++r0) gemv_slice<1>(w, x, row, b, r0);
     }
   }
 }
 
-// 2 <= M <= 8, R % 8 == 0: eight outputs in the lanes, one accumulator per row of the panel [K][kWidth]; y comes out
-// row-major. Two sets of accumulators at kWidth = 4, where one set alone would wait for the multiply-add. (In AVX-512,
-// x expanded by in-register permutes to two rows a vector took 1.2 times as long on a Zen 4: 13.6 us for 11.2 at
-// 512x512.)
-template <int kWidth, typename T, typename W>
-void few_rows(const W& w, const T* panel, int64_t row, int64_t rows, int64_t b0, int64_t b1) {
-  constexpr int kSets = kWidth == 4 ? 2 : 1;
+// kM rows of x, 4x4 blocks, K % 4 == 0: a block is one vector of four columns, each row's four inputs are spread over
+// it.
+template <int kM, typename W>
+void square_rows(const W& w, const float* x, int64_t row, int64_t b0, int64_t b1) {
+  constexpr int kSets = kM == 1 ? 4 : (kM <= 4 ? 2 : 1);
+  for (int64_t b = b0; b < b1; ++b) {
+    Vec<float, 16> sum[kSets][kM] = {};
+    const auto add = [&](int64_t e, Vec<float, 16>* chain) SP_ALWAYS_INLINE {
+      const Vec<float, 16> block = load<16>(w.block(e));
+      const float* from = x + w.input(e);
+      SP_UNROLL for (int i = 0; i < kM; ++i) {
+        const Vec<float, 4> xs = load<4>(from + i * w.in);
+        chain[i] += block * __builtin_shufflevector(xs, xs, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+      }
+    };
+    int64_t e = w.crow[b];
+    const int64_t end = w.crow[b + 1];
+    for (; e + kSets <= end; e += kSets) {
+      SP_UNROLL for (int q = 0; q < kSets; ++q) add(e + q, sum[q]);
+    }
+    for (; e < end; ++e) add(e, sum[0]);
+    SP_UNROLL for (int i = 0; i < kM; ++i) {
+      SP_UNROLL for (int q = 1; q < kSets; ++q) sum[0][i] += sum[q][i];
+      const Vec<float, 16> v = sum[0][i];
+      const Vec<float, 8> half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+      const Vec<float, 4> total =
+          __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+      w.epilogue.template put<4>(row + i, b * 4, total, w.live(b, 0, 4));
+    }
+  }
+}
+
+// Where the kM rows of x are: as they came (few of them: their lines fit L1 beside the weights), or packed
+// [K][kStride].
+template <bool kPacked, int kStride>
+struct FewRows {
+  const float* x;
+  int64_t stride;
+  SP_INLINE const float* at(int64_t k) const { return kPacked ? x + k * kStride : x + k; }
+  SP_INLINE float one(const float* column, int i) const { return kPacked ? column[i] : column[i * stride]; }
+};
+
+// 2 <= kM <= 8, R % 8 == 0: eight outputs in the lanes, one accumulator per row; y comes out row-major. Two sets of
+// accumulators where one alone would wait for the multiply-add. The loads are the bound: one of eight weights and kM
+// broadcasts of x for kM multiply-adds; so of a packed x the first three rows come from one load of four inputs, spread
+// by permutes within 128-bit lanes. (On a Zen 4 at M = 4 that takes 2.6 cycles a block for 2.9, at M = 8 4.9 for 5.4;
+// whole-register permutes, two rows to a 512-bit vector, take 3.7 and 6.5.)
+template <int kM, bool kPacked, typename W>
+void few_rows(const W& w, const FewRows<kPacked, kM <= 4 ? 4 : kM> x, int64_t row, int64_t b0, int64_t b1) {
+  constexpr int kSets = kM == 2 ? 4 : (kM <= 6 ? 2 : 1);
+  constexpr int kSpread = kPacked && SP_VECTOR_BYTES >= 32 ? 3 : 0;
   for (int64_t b = b0; b < b1; ++b) {
     for (int64_t r0 = 0; r0 < w.r(); r0 += 8) {
-      Vec<T, 8> sum[kSets][kWidth] = {};
-      const auto add = [&](int64_t e, Vec<T, 8>* chain) SP_ALWAYS_INLINE {
-        const T* block = w.block(e) + r0;
-        const T* x = panel + w.input(e) * kWidth;
+      Vec<float, 8> sum[kSets][kM] = {};
+      const auto add = [&](int64_t e, Vec<float, 8>* chain) SP_ALWAYS_INLINE {
+        const float* block = w.block(e) + r0;
+        const int64_t first = w.input(e);
         for (int64_t j = 0; j < w.c(); ++j) {
-          const Vec<T, 8> weight = load<8>(block + j * w.r());
-          SP_UNROLL for (int i = 0; i < kWidth; ++i) chain[i] += weight * x[j * kWidth + i];
+          const float* column = x.at(first + j);
+          const Vec<float, 8> weight = load<8>(block + j * w.r());
+          if constexpr (kSpread > 0) {
+            const Vec<float, 4> four = load<4>(column);
+            Vec<float, 8> twice = __builtin_shufflevector(four, four, 0, 1, 2, 3, 0, 1, 2, 3);
+            SP_KEEP(twice);  // else the compiler makes broadcasts of it again
+            chain[0] += weight * __builtin_shufflevector(twice, twice, 0, 0, 0, 0, 4, 4, 4, 4);
+            chain[1] += weight * __builtin_shufflevector(twice, twice, 1, 1, 1, 1, 5, 5, 5, 5);
+            chain[2] += weight * __builtin_shufflevector(twice, twice, 2, 2, 2, 2, 6, 6, 6, 6);
+          }
+          SP_UNROLL for (int i = kSpread; i < kM; ++i) chain[i] += weight * x.one(column, i);
         }
       };
       int64_t e = w.crow[b];
@@ -110,9 +174,9 @@ void few_rows(const W& w, const T* panel, int64_t row, int64_t rows, int64_t b0,
       }
       for (; e < end; ++e) add(e, sum[0]);
       const int64_t live = w.live(b, r0, 8);
-      SP_UNROLL for (int i = 0; i < kWidth; ++i) {
-        if (kSets == 2) sum[0][i] += sum[1][i];
-        if (i < rows) w.epilogue.template put<8>(row + i, b * w.r() + r0, sum[0][i], live);
+      SP_UNROLL for (int i = 0; i < kM; ++i) {
+        SP_UNROLL for (int q = 1; q < kSets; ++q) sum[0][i] += sum[q][i];
+        w.epilogue.template put<8>(row + i, b * w.r() + r0, sum[0][i], live);
       }
     }
   }
@@ -131,7 +195,8 @@ SP_INLINE void panel_slice(const W& w, const T* panel, int64_t b, int64_t r0, T*
       Vec<T, kL> xs[kZ];
       SP_UNROLL for (int z = 0; z < kZ; ++z) xs[z] = load<kL>(x + j * kWidth + z * kL);
       SP_UNROLL for (int r = 0; r < kS; ++r) {
-        const T weight = block[j * w.r() + r];
+        Vec<T, kL> weight = block[j * w.r() + r] - Vec<T, kL>{};
+        if constexpr (kZ > 1 && sizeof(T) == 4) SP_KEEP(weight);  // one broadcast for all, not one in each multiply-add
         SP_UNROLL for (int z = 0; z < kZ; ++z) sum[r][z] += xs[z] * weight;
       }
     }
@@ -141,22 +206,34 @@ SP_INLINE void panel_slice(const W& w, const T* panel, int64_t b, int64_t r0, T*
   }
 }
 
+// Sixteen outputs at a time where there are as many, so that y is written in whole cache lines: with rows a power of
+// two apart, half lines are evicted before their other half comes.
 template <int kZ, typename T, typename W>
 void panel_rows(const W& w, const T* panel, int64_t row, int64_t rows, int64_t b0, int64_t b1) {
-  constexpr int kWidth = kLanes<T> * kZ;
-  alignas(64) T tile[8 * kWidth];
+  constexpr int kWidth = kLanes<T> * kZ, kGroup = 16;
+  alignas(64) T tile[kGroup * kWidth];
+  int64_t waiting = 0, first = 0;  // outputs in the tile, and the number of the first
+  const auto flush = [&]() SP_ALWAYS_INLINE {
+    const int64_t live = w.out - first < waiting ? w.out - first : waiting;
+    if (live > 0) put_tile<kWidth>(w.epilogue, tile, row, rows, first, live);
+    waiting = 0;
+  };
   for (int64_t b = b0; b < b1; ++b) {
     for (int64_t r0 = 0; r0 < w.r(); r0 += 8) {
       const int64_t height = w.r() - r0 < 8 ? w.r() - r0 : 8;
+      if (waiting + height > kGroup) flush();
+      if (waiting == 0) first = b * w.r() + r0;
+      T* to = tile + waiting * kWidth;
       int64_t r = 0;
-      for (; r + SP_SLICE <= height; r += SP_SLICE) panel_slice<SP_SLICE, kZ>(w, panel, b, r0 + r, tile + r * kWidth);
-      if constexpr (!W::kEightByOne) {
-        for (; r + 4 <= height; r += 4) panel_slice<4, kZ>(w, panel, b, r0 + r, tile + r * kWidth);
-        for (; r < height; ++r) panel_slice<1, kZ>(w, panel, b, r0 + r, tile + r * kWidth);
+      for (; r + SP_SLICE <= height; r += SP_SLICE) panel_slice<SP_SLICE, kZ>(w, panel, b, r0 + r, to + r * kWidth);
+      if constexpr (W::kHeight != 8) {
+        for (; r + 4 <= height; r += 4) panel_slice<4, kZ>(w, panel, b, r0 + r, to + r * kWidth);
+        for (; r < height; ++r) panel_slice<1, kZ>(w, panel, b, r0 + r, to + r * kWidth);
       }
-      put_tile<kWidth>(w.epilogue, tile, row, rows, b * w.r() + r0, w.live(b, r0, height));
+      waiting += height;
     }
   }
+  flush();
 }
 
 template <typename T>
@@ -167,55 +244,105 @@ struct Linear {
 
   template <typename Col, bool kIndirect>
   void run() const {
-    if (args.r == 8 && args.c == 1) {
-      rows(BlockRows<T, Col, kIndirect, true>(args));
-    } else {
-      rows(BlockRows<T, Col, kIndirect, false>(args));
+    const int64_t r = args.r, c = args.c;
+    if (r == 8 && c == 1) return rows(BlockRows<T, Col, kIndirect, 8, 1>(args));
+    if constexpr (sizeof(T) == 4 && sizeof(Col) == 2) {
+      if (r == 8 && c == 4) return rows(BlockRows<T, Col, kIndirect, 8, 4>(args));
+      if (r == 16 && c == 1) return rows(BlockRows<T, Col, kIndirect, 16, 1>(args));
+      if (r == 16 && c == 16) return rows(BlockRows<T, Col, kIndirect, 16, 16>(args));
+      if (r == 4 && c == 4) return rows(BlockRows<T, Col, kIndirect, 4, 4>(args));
+    }
+    rows(BlockRows<T, Col, kIndirect, 0, 0>(args));
+  }
+
+  const T* x(int64_t row) const { return static_cast<const T*>(args.x) + row * args.in; }
+
+  // The next rows packed [K][kWidth] in `scratch`, `taken` of them, zero padded to whole blocks of K.
+  template <int kWidth>
+  const T* pack(int64_t row, int64_t taken) const {
+    const int64_t padded = (args.in + args.c - 1) / args.c * args.c;
+    pack_panel<kWidth>(x(row), args.in, taken, args.in, padded, scratch);
+    return scratch;
+  }
+
+  template <int kM, typename W>
+  void few(const W& w, int64_t row) const {
+    if constexpr (kM <= 3) {
+      // Whole blocks of x exist in every row, or the packed copy must supply their zeros.
+      if (W::kWidth == 1 || args.in % w.c() == 0) {
+        return few_rows<kM, false>(w, FewRows<false, 4>{x(row), args.in}, row, l0, l1);
+      }
+    }
+    constexpr int kWidth = kM <= 4 ? 4 : kM;
+    few_rows<kM, true>(w, FewRows<true, kWidth>{pack<kWidth>(row, kM), 0}, row, l0, l1);
+  }
+
+  // Rows row .. row + m - 1, m <= 8, by the kernel of exactly m rows. False if blocks of this height have none.
+  template <typename W>
+  bool few_of(const W& w, int64_t row, int64_t m) const {
+    const bool square = W::kHeight == 4 && W::kWidth == 4 && SP_VECTOR_BYTES >= 32 && args.in % 4 == 0;
+    const auto call = [&](auto rows) SP_ALWAYS_INLINE {
+      constexpr int kM = decltype(rows)::value;
+      if constexpr (W::kHeight == 4 && SP_VECTOR_BYTES >= 32) {
+        square_rows<kM>(w, x(row), row, l0, l1);
+      } else if constexpr (W::kHeight != 4 && kM > 1) {
+        few<kM>(w, row);
+      }
+    };
+    if (!square && (m == 1 || w.r() % 8 != 0)) return false;
+    switch (m) {
+      case 1:
+        return call(Number<1>{}), true;
+      case 2:
+        return call(Number<2>{}), true;
+      case 3:
+        return call(Number<3>{}), true;
+      case 4:
+        return call(Number<4>{}), true;
+      case 5:
+        return call(Number<5>{}), true;
+      case 6:
+        return call(Number<6>{}), true;
+      case 7:
+        return call(Number<7>{}), true;
+      default:
+        return call(Number<8>{}), true;
     }
   }
 
-  // Cuts the rows into panels of the widths this instruction set has.
+  // Cuts the rows into panels of 16 (SSE: 8); wider ones spread their stores over more streams than the caches follow.
+  // Few rows more than eight are eight rows and the others: a panel costs as much as all its lanes.
   template <typename W>
   void rows(const W& w) const {
-    constexpr int kL = kLanes<T>;
-    const int64_t padded = (args.in + args.c - 1) / args.c * args.c;
-    const bool eights = args.r % 8 == 0;
+    constexpr int kL = kLanes<T>, kZ = SP_VECTOR_BYTES == 64 ? 1 : 2;
     for (int64_t m = m0; m < m1;) {
       const int64_t left = m1 - m;
-      const int64_t row = m;
-      const T* x = static_cast<const T*>(args.x) + row * args.in;
-      const auto pack = [&](auto width) {
-        constexpr int kWidth = decltype(width)::value;
-        const int64_t taken = left < kWidth ? left : kWidth;
-        pack_panel<kWidth>(x, args.in, taken, args.in, padded, scratch);
-        m += taken;
-        return taken;
-      };
-      if (left == 1) {
-        gemv(w, x, row, l0, l1);
-        m += 1;
-        continue;
-      }
+      int64_t taken = left;
       if constexpr (sizeof(T) == 4) {
-        if (eights && left <= 8) {
-          if (left <= 4) {
-            few_rows<4>(w, scratch, row, pack(Width<4>{}), l0, l1);
-          } else {
-            few_rows<8>(w, scratch, row, pack(Width<8>{}), l0, l1);
-          }
+        taken = left <= 8 ? left : 8;
+        if (left <= (kL == 16 ? 12 : 8) && few_of(w, m, taken)) {
+          m += taken;
           continue;
         }
       }
-      if (left > 2 * kL - 8) {
-        panel_rows<2>(w, scratch, row, pack(Width<2 * kL>{}), l0, l1);
-      } else {
-        panel_rows<1>(w, scratch, row, pack(Width<kL>{}), l0, l1);
+      if (left == 1) {
+        gemv(w, x(m), m, l0, l1);
+        return;
       }
+      taken = left;
+      if (kZ == 2 && left > kL + 4) {
+        if (taken > 2 * kL) taken = 2 * kL;
+        panel_rows<kZ>(w, pack<kZ * kL>(m, taken), m, taken, l0, l1);
+      } else {
+        if (taken > kL) taken = kL;
+        panel_rows<1>(w, pack<kL>(m, taken), m, taken, l0, l1);
+      }
+      m += taken;
     }
   }
 
   template <int kN>
-  struct Width {
+  struct Number {
     static constexpr int value = kN;
   };
 };

@@ -97,11 +97,11 @@ struct LinearDx {
       }
       for (int i = 0; i < kM; ++i) {
         const T* from[8];
-        T square[64];
+        Vec<T, 8> column[8];
         for (int q = 0; q < 8; ++q) from[q] = lanes[i] + (q < group ? q : 0) * 8;
-        transpose8x8(from, square, 8);
-        Vec<T, 8> total = load<8>(square);
-        for (int q = 1; q < 8; ++q) total += load<8>(square + q * 8);
+        transpose8x8(from, column);
+        Vec<T, 8> total = column[0];
+        for (int q = 1; q < 8; ++q) total += column[q];
         store_first<8>(dx + i * args.out + k, total, group);
       }
     }

@@ -9,6 +9,9 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #include "core/types.h"
 
@@ -23,6 +26,15 @@
 #endif
 #define SP_ALWAYS_INLINE __attribute__((always_inline))
 #define SP_INLINE inline SP_ALWAYS_INLINE
+
+// A vector the compiler must hold as it is, in one register, instead of computing it again in cheaper-looking pieces.
+#if defined(__AVX512VL__)
+#define SP_KEEP(vector) asm("" : "+v"(vector))
+#elif defined(__AVX__)
+#define SP_KEEP(vector) asm("" : "+x"(vector))
+#else
+#define SP_KEEP(vector)
+#endif
 
 namespace sp {
 namespace {
@@ -71,60 +83,87 @@ SP_INLINE void transpose4x4(const float* const* from, float* to, int64_t to_stri
   store<4>(to + 3 * to_stride, __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7));
 }
 
-// to[j * to_stride + i] = from[i][j], i and j in 0..7.
-SP_INLINE void transpose8x8(const float* const* from, float* to, int64_t to_stride) {
-#if SP_VECTOR_BYTES >= 32
-  Vec<float, 8> row[8], pair[8], quad[8];
-  SP_UNROLL for (int i = 0; i < 8; ++i) row[i] = load<8>(from[i]);
-  SP_UNROLL for (int i = 0; i < 8; i += 2) {
-    pair[i] = __builtin_shufflevector(row[i], row[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    pair[i + 1] = __builtin_shufflevector(row[i], row[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  SP_UNROLL for (int i = 0; i < 8; i += 4) {
-    quad[i] = __builtin_shufflevector(pair[i], pair[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-    quad[i + 1] = __builtin_shufflevector(pair[i], pair[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    quad[i + 2] = __builtin_shufflevector(pair[i + 1], pair[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
-    quad[i + 3] = __builtin_shufflevector(pair[i + 1], pair[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
-  }
-  SP_UNROLL for (int i = 0; i < 4; ++i) {
-    store<8>(to + i * to_stride, __builtin_shufflevector(quad[i], quad[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
-    store<8>(to + (i + 4) * to_stride, __builtin_shufflevector(quad[i], quad[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
-  }
+SP_INLINE Vec<float, 8> join(Vec<float, 4> low, Vec<float, 4> high) {
+#if defined(__AVX__)
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);  // GCC makes a slower shuffle of the line below
 #else
-  const float* right[8];
-  for (int i = 0; i < 8; ++i) right[i] = from[i] + 4;
-  transpose4x4(from, to, to_stride);
-  transpose4x4(from + 4, to + 4, to_stride);
-  transpose4x4(right, to + 4 * to_stride, to_stride);
-  transpose4x4(right + 4, to + 4 * to_stride + 4, to_stride);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
 #endif
 }
 
-// K-major panel: panel[j * kWidth + i] = x[i * stride + j] for i < rows, 0 for the other i < kWidth; j < length. Zero
-// for length <= j < padded. So kernels read whole vectors, whatever M, and whole blocks, whatever K.
-template <int kWidth, typename T>
+// to[j][i] = from[i][j], i and j in 0..7.
+SP_INLINE void transpose8x8(const float* const* from, Vec<float, 8>* to) {
+#if SP_VECTOR_BYTES >= 32
+  // Rows i and i + 4 share a vector from the load on, so that the rest happens within 128-bit lanes.
+  SP_UNROLL for (int half = 0; half < 2; ++half) {
+    Vec<float, 8> row[4];
+    SP_UNROLL for (int i = 0; i < 4; ++i) {
+      row[i] = join(load<4>(from[i] + 4 * half), load<4>(from[i + 4] + 4 * half));
+    }
+    const Vec<float, 8> ab0 = __builtin_shufflevector(row[0], row[1], 0, 8, 1, 9, 4, 12, 5, 13);
+    const Vec<float, 8> ab1 = __builtin_shufflevector(row[0], row[1], 2, 10, 3, 11, 6, 14, 7, 15);
+    const Vec<float, 8> cd0 = __builtin_shufflevector(row[2], row[3], 0, 8, 1, 9, 4, 12, 5, 13);
+    const Vec<float, 8> cd1 = __builtin_shufflevector(row[2], row[3], 2, 10, 3, 11, 6, 14, 7, 15);
+    to[4 * half] = __builtin_shufflevector(ab0, cd0, 0, 1, 8, 9, 4, 5, 12, 13);
+    to[4 * half + 1] = __builtin_shufflevector(ab0, cd0, 2, 3, 10, 11, 6, 7, 14, 15);
+    to[4 * half + 2] = __builtin_shufflevector(ab1, cd1, 0, 1, 8, 9, 4, 5, 12, 13);
+    to[4 * half + 3] = __builtin_shufflevector(ab1, cd1, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+#else
+  float square[64];
+  const float* right[8];
+  for (int i = 0; i < 8; ++i) right[i] = from[i] + 4;
+  transpose4x4(from, square, 8);
+  transpose4x4(from + 4, square + 4, 8);
+  transpose4x4(right, square + 32, 8);
+  transpose4x4(right + 4, square + 36, 8);
+  for (int i = 0; i < 8; ++i) to[i] = load<8>(square + 8 * i);
+#endif
+}
+
+// K-major panel: panel[j * kStride + i] = x[i * stride + j] for i < rows, 0 for the other i < kStride; j < length. Zero
+// for length <= j < padded. So kernels read whole vectors, whatever M, and whole blocks, whatever K. A kStride that is
+// no multiple of 4 (5 to 7: fewer cache lines than 8) needs 8 elements of slack behind the panel.
+template <int kStride, typename T>
 void pack_panel(const T* x, int64_t stride, int64_t rows, int64_t length, int64_t padded, T* panel) {
   int64_t done = 0;
   if constexpr (sizeof(T) == 4) {
-    constexpr int kTile = kWidth % 8 == 0 ? 8 : 4;
     static const float zeros[8] = {};
-    done = length / kTile * kTile;
-    for (int64_t i = 0; i < kWidth; i += kTile) {
-      const float* from[kTile];
-      for (int64_t j = 0; j < done; j += kTile) {
-        for (int q = 0; q < kTile; ++q) from[q] = i + q < rows ? x + (i + q) * stride + j : zeros;
-        if constexpr (kTile == 8) {
-          transpose8x8(from, panel + j * kWidth + i, kWidth);
-        } else {
-          transpose4x4(from, panel + j * kWidth + i, kWidth);
+    if constexpr (kStride == 4) {
+      done = length / 4 * 4;
+      for (int64_t j = 0; j < done; j += 4) {
+        const float* from[4];
+        for (int q = 0; q < 4; ++q) from[q] = q < rows ? x + q * stride + j : zeros;
+        transpose4x4(from, panel + j * 4, 4);
+      }
+    } else {
+      done = length / 8 * 8;
+      constexpr int kGroups = kStride % 16 == 0 ? 2 : 1;  // a whole cache line of the panel at a time, where it has one
+      for (int64_t i = 0; i < kStride; i += 8 * kGroups) {
+        const float* from[8 * kGroups];
+        int64_t step[8 * kGroups];
+        for (int q = 0; q < 8 * kGroups; ++q) {
+          from[q] = i + q < rows ? x + (i + q) * stride : zeros;
+          step[q] = i + q < rows ? 8 : 0;
+        }
+        for (int64_t j = 0; j < done; j += 8) {
+          Vec<float, 8> column[kGroups][8];
+          SP_UNROLL for (int g = 0; g < kGroups; ++g) transpose8x8(from + 8 * g, column[g]);
+          // In this order: what a short column writes past its end, the next one writes over.
+          SP_UNROLL for (int q = 0; q < 8; ++q) {
+            SP_UNROLL for (int g = 0; g < kGroups; ++g) {
+              store<8>(panel + (j + q) * kStride + i + 8 * g, column[g][q]);
+            }
+          }
+          for (int q = 0; q < 8 * kGroups; ++q) from[q] += step[q];
         }
       }
     }
   }
   for (int64_t j = done; j < length; ++j) {
-    for (int64_t i = 0; i < kWidth; ++i) panel[j * kWidth + i] = i < rows ? x[i * stride + j] : T(0);
+    for (int64_t i = 0; i < kStride; ++i) panel[j * kStride + i] = i < rows ? x[i * stride + j] : T(0);
   }
-  memset(panel + length * kWidth, 0, static_cast<size_t>((padded - length) * kWidth) * sizeof(T));
+  memset(panel + length * kStride, 0, static_cast<size_t>((padded - length) * kStride) * sizeof(T));
 }
 
 // y[i * stride + r] = tile[r * kWidth + i] for i < rows, r < height <= 8: one group of outputs back to row-major.
@@ -135,13 +174,10 @@ SP_INLINE void store_tile(const T* tile, int64_t rows, int64_t height, T* y, int
       const float* from[8];
       for (int64_t i = 0; i < rows; i += 8) {
         for (int q = 0; q < 8; ++q) from[q] = tile + q * kWidth + i;
-        if (rows - i >= 8) {
-          transpose8x8(from, y + i * stride, stride);
-        } else {
-          float square[64];
-          transpose8x8(from, square, 8);
-          for (int64_t q = 0; q < rows - i; ++q) memcpy(y + (i + q) * stride, square + q * 8, 8 * sizeof(float));
-        }
+        Vec<float, 8> row[8];
+        transpose8x8(from, row);
+        const int64_t live = rows - i < 8 ? rows - i : 8;
+        for (int64_t q = 0; q < live; ++q) store<8>(y + (i + q) * stride, row[q]);
       }
       return;
     }
