@@ -1,0 +1,133 @@
+"""The short way from `sparse_linear` into a kernel: taken when it may be, left when it must be, and never stale."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+
+import sparse_pathways as sp
+from sparse_pathways.ops import backends, library
+
+pytestmark = pytest.mark.skipif(library.MISSING is not None, reason="the compiled CPU kernels are missing")
+
+
+@pytest.fixture
+def packed():
+    torch.manual_seed(0)
+    weight = torch.randn(40, 24)
+    masks = {name: torch.rand(5, 24) < 0.5 for name in ("en", "fr")}
+    return sp.PackedWeight.pack(weight, masks)
+
+
+def dense(packed, pathway, x, bias=None):
+    return torch.nn.functional.linear(x, packed.unpack(pathway), bias)
+
+
+def calls(function):
+    """Names of the package's operators that `function` runs."""
+    with torch.profiler.profile() as recorded:
+        result = function()
+    return result, [e.key for e in recorded.key_averages() if e.key.startswith("sparse_pathways::")]
+
+
+def test_the_second_call_is_short_and_the_same(packed):
+    x, bias = torch.randn(3, 24), torch.randn(40)
+    with torch.no_grad():
+        first, long_way = calls(lambda: sp.sparse_linear(x, packed, bias, pathway="en"))
+        second, short = calls(lambda: sp.sparse_linear(x, packed, bias, pathway="en"))
+    assert "sparse_pathways::bcsr_linear" in long_way and short == ["sparse_pathways::packed_linear"]
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_other_arguments_are_not_answered_by_the_prepared_ones(packed, mode):
+    with mode():
+        for _ in range(2):
+            for pathway in ("en", "fr"):
+                for bias in (None, torch.randn(40), torch.randn(40)):
+                    for activation in (None, "relu", "tanh"):
+                        for shape in ((24,), (5, 24), (2, 3, 24), (0, 24)):
+                            x = torch.randn(shape)
+                            residual = torch.randn(*shape[:-1], 40)
+                            want = dense(packed, pathway, x, bias)
+                            want = {None: lambda t: t, "relu": torch.relu, "tanh": torch.tanh}[activation](want)
+                            for added in (None, residual):
+                                y = sp.sparse_linear(
+                                    x, packed, bias, pathway=pathway, activation=activation, residual=added
+                                )
+                                torch.testing.assert_close(y, want if added is None else want + added)
+
+
+def test_a_bias_changed_in_place_is_seen(packed):
+    x, bias = torch.randn(3, 24), torch.zeros(40)
+    with torch.inference_mode():
+        before = sp.sparse_linear(x, packed, bias, pathway="en")
+        sp.sparse_linear(x, packed, bias, pathway="en")
+        bias += 1
+        torch.testing.assert_close(sp.sparse_linear(x, packed, bias, pathway="en"), before + 1)
+
+
+def test_gradients_autocast_and_strides_take_the_long_way_or_the_right_one(packed):
+    x = torch.randn(3, 24)
+    with torch.no_grad():
+        want = sp.sparse_linear(x, packed, pathway="en")
+        transposed = torch.randn(24, 3).t()
+        torch.testing.assert_close(sp.sparse_linear(transposed, packed, pathway="en"), dense(packed, "en", transposed))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert sp.sparse_linear(x, packed, pathway="en").dtype == torch.bfloat16
+    x.requires_grad_()
+    y = sp.sparse_linear(x, packed, pathway="en")
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, packed.unpack("en").sum(0).expand(3, 24))
+    torch.testing.assert_close(y, want)
+
+
+def test_a_forced_backend_is_not_bypassed(packed):
+    x = torch.randn(3, 24)
+    with torch.no_grad():
+        sp.sparse_linear(x, packed, pathway="en")
+        with backends.forced("reference"):
+            _, ran = calls(lambda: sp.sparse_linear(x, packed, pathway="en"))
+        assert ran == []
+        with backends.forced("portable"):
+            for _ in range(2):
+                torch.testing.assert_close(sp.sparse_linear(x, packed, pathway="en"), dense(packed, "en", x))
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.randn(3, 23), ValueError, "takes"),
+        (torch.randn(3, 24).double(), TypeError, "x.dtype"),
+        (torch.tensor(1.0), ValueError, "x has shape"),
+        ([1.0], TypeError, "x is a list"),
+    ],
+)
+def test_wrong_calls_are_worded_after_a_right_one_too(packed, x, error, message):
+    with torch.no_grad():
+        sp.sparse_linear(torch.randn(3, 24), packed, pathway="en")
+        with pytest.raises(error, match=message):
+            sp.sparse_linear(x, packed, pathway="en")
+        with pytest.raises(ValueError, match="residual"):
+            sp.sparse_linear(torch.randn(3, 24), packed, pathway="en", residual=torch.randn(3, 39))
+
+
+def test_copies_prepare_their_own(packed):
+    x = torch.randn(3, 24)
+    with torch.no_grad():
+        want = sp.sparse_linear(x, packed, pathway="en")
+        twins = [copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), packed.to("cpu")]
+        assert all(not twin.prepared for twin in twins)
+        del packed
+        gc.collect()
+        for twin in twins:
+            for _ in range(2):
+                assert torch.equal(sp.sparse_linear(x, twin, pathway="en"), want)
+
+
+def test_a_released_handle_is_refused(packed):
+    ops = torch.ops.sparse_pathways
+    with pytest.raises(RuntimeError, match="handle"):
+        ops.packed_linear(torch.randn(3, 24), 0)
