@@ -45,7 +45,7 @@ SP_INLINE Vec<Acc, kN> activate(Vec<Acc, kN> v, Activation activation) {
     case Activation::kNone:
       return v;
     case Activation::kRelu:
-      return v < Acc(0) ? v - v : v;  // not max(v, 0): a NaN must stay
+      return v < Acc(0) ? Vec<Acc, kN>{} : v;  // not max(v, 0): a NaN must stay
     case Activation::kGelu:
       return v * Acc(0.5) * (Acc(1) + verf<Acc, kN>(v * Acc(0.70710678118654752)));
     case Activation::kSilu:

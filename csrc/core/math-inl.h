@@ -26,8 +26,8 @@ SP_INLINE Vec<T, kN> vexp(Vec<T, kN> v) {
     return lane_by_lane<T, kN>(v, [](T t) { return __builtin_exp(t); });
   } else {
     using V = Vec<float, kN>;
-    // Below, 2^n would be denormal; above, infinite: exp is 0 or infinite there to float precision.
-    const V low = -87.33654f - V{}, high = 88.72283f - V{};
+    // Beyond these, exp is 0 or infinite in float, and so is what comes out below.
+    const V low = -105.0f - V{}, high = 90.0f - V{};
     V x = v < low ? low : v;
     x = x > high ? high : x;
     const V magic = 12582912.0f - V{};  // 1.5 * 2^23: adding it rounds to an integer
@@ -40,7 +40,7 @@ SP_INLINE Vec<T, kN> vexp(Vec<T, kN> v) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    // 2^n in two factors, since n reaches 128.
+    // 2^n in two factors, since n runs from -151 to 130.
     using I = Vec<int32_t, kN>;
     const I whole = __builtin_convertvector(n, I), half = whole >> 1;
     const I first = (half + 127) << 23, second = (whole - half + 127) << 23;
