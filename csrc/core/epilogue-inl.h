@@ -1,4 +1,4 @@
-// What happens to a sum before it is stored: y = activation(sum * scale + bias) + residual.
+// What happens to a sum before it is stored: y = activation(sum * scale + initial + bias) + residual.
 #pragma once
 
 #include "core/math-inl.h"
@@ -62,6 +62,7 @@ struct Epilogue {
   const float* scale;  // one per output, or null
   const Y* bias;
   const Y* residual;
+  const Y* initial;
   Y* y;
   int64_t out;
   Activation activation;
@@ -71,16 +72,19 @@ struct Epilogue {
       : scale(args.scale),
         bias(static_cast<const Y*>(args.bias)),
         residual(static_cast<const Y*>(args.residual)),
+        initial(static_cast<const Y*>(args.initial)),
         y(static_cast<Y*>(args.y)),
         out(args.out),
         activation(args.activation),
-        plain(args.scale == nullptr && args.residual == nullptr && args.activation == Activation::kNone) {}
+        plain(args.scale == nullptr && args.residual == nullptr && args.initial == nullptr &&
+              args.activation == Activation::kNone) {}
 
   template <int kN>
   SP_INLINE Vec<Acc, kN> finish(int64_t row, int64_t n, Vec<Acc, kN> sum) const {
     if constexpr (sizeof(Acc) == 4) {
       if (scale != nullptr) sum *= load<kN>(scale + n);
     }
+    if (initial != nullptr) sum += load_wide<kN>(initial + row * out + n);
     if (bias != nullptr) sum += load_wide<kN>(bias + n);
     if (activation != Activation::kNone) sum = activate<Acc, kN>(sum, activation);
     if (residual != nullptr) sum += load_wide<kN>(residual + row * out + n);

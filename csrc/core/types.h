@@ -27,6 +27,7 @@ struct ProductArgs {
   const void* bias;      // [out] or null; forward only, like scale, residual and activation
   const float* scale;    // [out] or null: what an int8 weight is multiplied by
   const void* residual;  // [M, out] or null, added last
+  const void* initial;   // [M, out] or null, added before the bias; may be y itself
   void* y;               // [M, out], row-major, contiguous, every cell written
   int64_t m;             // rows of x and y
   int64_t in;            // length of a row of x

@@ -65,8 +65,10 @@ inline const void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
-// activation(x @ W.T * scale + bias) + residual for x [..., K], contiguous; operands are checked.
-inline Tensor run_linear(const Tensor& x, const LinearOperands& w, const std::optional<Tensor>& residual, int64_t k) {
+// activation(x @ W.T * scale + initial + bias) + residual for x [..., K], contiguous; operands are checked. The result
+// takes the place of `initial` if that is given.
+inline Tensor run_linear(const Tensor& x, const LinearOperands& w, const std::optional<Tensor>& residual, int64_t k,
+                         const std::optional<Tensor>& initial = std::nullopt) {
   const ScalarType type = w.values.scalar_type();
   STD_TORCH_CHECK(x.scalar_type() == x_type(type), "values and x differ in dtype");
   const int64_t dim = x.dim();
@@ -100,7 +102,8 @@ inline Tensor run_linear(const Tensor& x, const LinearOperands& w, const std::op
   }
   const ProductKernel kernel = linear_kernel(type);
   STD_TORCH_CHECK(kernel != nullptr, "the CPU kernels '", kernels().name, "' have none for this dtype");
-  Tensor y = empty_cpu(shape, dim, x.scalar_type());
+  Tensor y = initial.has_value() ? *initial : empty_cpu(shape, dim, x.scalar_type());
+  args.initial = data_or_null(initial);
   args.y = y.mutable_data_ptr();
   run(args, kernel, type == ScalarType::Double ? sizeof(double) : sizeof(float));
   return y;

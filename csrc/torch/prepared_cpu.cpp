@@ -14,6 +14,7 @@ struct Prepared {
   uint64_t alive;  // kAlive until released: a stale handle is refused instead of followed, as far as that can be seen
   LinearOperands operands;
   int64_t k;
+  const Prepared* base;  // a product that is added before bias and activation, or null; kept alive by Python
 };
 
 Prepared* find(int64_t handle) {
@@ -24,10 +25,12 @@ Prepared* find(int64_t handle) {
 
 int64_t prepare_linear_cpu(const Tensor& values, const Tensor& crow, const Tensor& col,
                            const std::optional<Tensor>& pos, const std::optional<Tensor>& bias, int64_t n, int64_t k,
-                           const std::optional<Tensor>& scale, int64_t activation) {
+                           const std::optional<Tensor>& scale, int64_t activation, int64_t base) {
   const LinearOperands operands{values, crow, col, pos, scale, bias, n, activation};
   check_operands(operands);
-  return reinterpret_cast<int64_t>(new Prepared{kAlive, operands, k});
+  const Prepared* added = base == 0 ? nullptr : find(base);
+  STD_TORCH_CHECK(added == nullptr || (added->operands.n == n && added->k == k), "base is of another shape");
+  return reinterpret_cast<int64_t>(new Prepared{kAlive, operands, k, added});
 }
 
 void release_linear_op(int64_t handle) {
@@ -36,11 +39,15 @@ void release_linear_op(int64_t handle) {
   delete prepared;
 }
 
+Tensor product(const Tensor& x, const Prepared& weight, const std::optional<Tensor>& residual) {
+  if (weight.base == nullptr) return run_linear(x, weight.operands, residual, weight.k);
+  return run_linear(x, weight.operands, residual, weight.k, product(x, *weight.base, std::nullopt));
+}
+
 // x [..., K] of the weight's x_dtype, any strides.
 Tensor packed_linear_cpu(const Tensor& x, int64_t handle, const std::optional<Tensor>& residual) {
   const Prepared& weight = *find(handle);
-  if (!x.is_contiguous()) return run_linear(torch::stable::contiguous(x), weight.operands, residual, weight.k);
-  return run_linear(x, weight.operands, residual, weight.k);
+  return product(x.is_contiguous() ? x : torch::stable::contiguous(x), weight, residual);
 }
 
 }  // namespace

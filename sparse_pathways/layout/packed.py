@@ -170,6 +170,10 @@ class PackedWeight:
         kept = torch.stack(list(masks.values())).any(0)[self.mask()]
         return PackedWeight(self.shape, self.block, self.values[kept], self.scale, masks)
 
+    def part(self, mask: Tensor) -> tuple[Tensor, BlockIndex]:
+        """Copies of the values that `mask` (bool `[NB, KB]`, within the union) keeps, in row order, and their index."""
+        return self.values[mask[self.mask()]], BlockIndex(*compress(mask), None)
+
     def _apply(self, convert) -> PackedWeight:  # type: ignore[no-untyped-def]
         moved = object.__new__(PackedWeight)
         moved.shape, moved.block, moved.pathways = self.shape, self.block, self.pathways

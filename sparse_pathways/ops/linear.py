@@ -16,7 +16,7 @@ from sparse_pathways.checks import unknown_pathway
 from sparse_pathways.layout.bcsr import block_rows, transpose
 from sparse_pathways.layout.packed import BlockIndex, PackedWeight
 from sparse_pathways.ops import backends
-from sparse_pathways.ops.prepared import Prepared, packed_linear
+from sparse_pathways.ops.prepared import packed_linear, prepare
 
 LINEAR = "sparse_pathways::bcsr_linear"
 LINEAR_DX = "sparse_pathways::bcsr_linear_dx"
@@ -340,5 +340,5 @@ def _checked(
         index = packed.index(pathway)
         y = _product(flat, packed, index, bias, added, number)
         if backends.select(packed.device.type, packed.dtype, packed.block) in backends.ISAS and _plain(y):
-            packed.prepared[pathway] = Prepared(packed, index, bias, activation, number)
+            packed.prepared[pathway] = prepare(packed, pathway, bias, activation, number)
     return y if x.dim() == 2 else y.view(shape)

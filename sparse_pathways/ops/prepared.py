@@ -18,8 +18,8 @@ PACKED_LINEAR = "sparse_pathways::packed_linear"
 
 torch.library.define(
     "sparse_pathways::prepare_linear",
-    "(Tensor values, Tensor crow, Tensor col, Tensor? pos, Tensor? bias, int n, int k, Tensor? scale, int activation) "
-    "-> int",
+    "(Tensor values, Tensor crow, Tensor col, Tensor? pos, Tensor? bias, int n, int k, Tensor? scale, int activation, "
+    "int base) -> int",
 )
 torch.library.define("sparse_pathways::release_linear", "(int handle) -> ()")
 torch.library.define(PACKED_LINEAR, "(Tensor x, int handle, Tensor? residual=None) -> Tensor")
@@ -43,18 +43,51 @@ packed_linear = torch.ops.sparse_pathways.packed_linear.default
 class Prepared:
     """Owner of one handle, with what tells whether the next call may use it."""
 
-    __slots__ = ("activation", "bias", "epoch", "handle", "trains")
+    __slots__ = ("activation", "base", "bias", "epoch", "handle", "trains")
 
     def __init__(
-        self, packed: PackedWeight, index: BlockIndex, bias: Tensor | None, activation: str | None, number: int
+        self,
+        packed: PackedWeight,
+        values: Tensor,
+        index: BlockIndex,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        number: int = 0,
+        base: Prepared | None = None,
     ) -> None:
-        self.bias, self.activation, self.epoch, self.handle = bias, activation, backends.epoch, 0
+        self.bias, self.activation, self.epoch, self.handle, self.base = bias, activation, backends.epoch, 0, base
         self.trains = packed.values.requires_grad or (bias is not None and bias.requires_grad)
         self.handle = torch.ops.sparse_pathways.prepare_linear.default(
-            packed.values, *index, bias, *packed.shape, packed.scale, number
+            values, *index, bias, *packed.shape, packed.scale, number, base.handle if base else 0
         )
 
     def __del__(self, release=torch.ops.sparse_pathways.release_linear.default, finalizing=sys.is_finalizing) -> None:  # type: ignore[no-untyped-def]
         # Bound as defaults: when the interpreter ends, the modules may be gone before the last weight.
         if self.handle and not finalizing():
             release(self.handle)
+
+
+def prepare(
+    packed: PackedWeight, pathway: str | None, bias: Tensor | None, activation: str | None, number: int
+) -> Prepared:
+    """One pathway of `packed`, made ready for `packed_linear`.
+
+    A pathway among several names blocks here and there in the common pool, which the memory serves at a half to a
+    third of its speed. So the blocks that all pathways share are copied once, and those of this pathway besides: two
+    products, each over blocks that lie one after the other, the second added to the first. bfloat16 would round in
+    between: there every pathway in use has a copy of its own.
+    """
+    index = packed.index(pathway)
+    if index.pos is None:
+        return Prepared(packed, packed.values, index, bias, activation, number)
+    mask = packed.mask(pathway)
+    shared = torch.stack([packed.mask(name) for name in packed.pathways]).all(0)
+    if packed.dtype == torch.bfloat16 or not shared.any() or torch.equal(shared, mask):
+        return Prepared(packed, *packed.part(mask), bias, activation, number)
+    base = packed.prepared.get(_SHARED)
+    if base is None or base.epoch != backends.epoch:
+        base = packed.prepared[_SHARED] = Prepared(packed, *packed.part(shared))
+    return Prepared(packed, *packed.part(mask & ~shared), bias, activation, number, base)
+
+
+_SHARED = object()  # key of the part that all pathways share, among the names of pathways

@@ -38,7 +38,7 @@ def test_the_second_call_is_short_and_the_same(packed):
         first, long_way = calls(lambda: sp.sparse_linear(x, packed, bias, pathway="en"))
         second, short = calls(lambda: sp.sparse_linear(x, packed, bias, pathway="en"))
     assert "sparse_pathways::bcsr_linear" in long_way and short == ["sparse_pathways::packed_linear"]
-    assert torch.equal(first, second)
+    torch.testing.assert_close(first, second)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -124,10 +124,55 @@ def test_copies_prepare_their_own(packed):
         gc.collect()
         for twin in twins:
             for _ in range(2):
-                assert torch.equal(sp.sparse_linear(x, twin, pathway="en"), want)
+                torch.testing.assert_close(sp.sparse_linear(x, twin, pathway="en"), want)
 
 
 def test_a_released_handle_is_refused(packed):
     ops = torch.ops.sparse_pathways
     with pytest.raises(RuntimeError, match="handle"):
         ops.packed_linear(torch.randn(3, 24), 0)
+
+
+def kinds_of_overlap():
+    half = torch.arange(5 * 24).view(5, 24) % 2 == 0
+    left = torch.zeros(5, 24, dtype=torch.bool)
+    left[:, :12] = True
+    return {
+        "some shared": (half, left),
+        "nothing shared": (half, ~half),
+        "one within the other": (left, left & half),
+        "one empty": (left, torch.zeros_like(left)),
+        "the same": (half, half),
+        "three": (half, left, half | left),
+    }
+
+
+@pytest.mark.parametrize("overlap", kinds_of_overlap())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 20])
+def test_shared_and_own_blocks_make_the_pathway(overlap, dtype, rows):
+    torch.manual_seed(0)
+    masks = dict(zip("abc", kinds_of_overlap()[overlap], strict=False))
+    packed = sp.PackedWeight.pack(torch.randn(40, 24), masks, dtype=dtype)
+    x = torch.randn(rows, 24).to(packed.x_dtype)
+    bias, residual = torch.randn(40).to(x.dtype), torch.randn(rows, 40).to(x.dtype)
+    for _ in range(2):
+        for pathway in packed.pathways:
+            with torch.no_grad():
+                y = sp.sparse_linear(x, packed, bias, pathway=pathway, activation="silu", residual=residual)
+            sums = torch.nn.functional.linear(x.double(), packed.unpack(pathway).double(), bias.double())
+            want = torch.nn.functional.silu(sums) + residual
+            # int8: x is rounded to 127 steps of its largest value in the row, 24 products.
+            step = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.int8: 0.02}[dtype]
+            assert ((y.double() - want).abs() <= step * (10 + sums.abs() + residual.abs())).all()
+
+
+def test_a_pathway_does_not_read_the_blocks_of_another():
+    masks = dict(zip("ab", kinds_of_overlap()["some shared"], strict=True))
+    weight = torch.randn(40, 24)
+    only_b = sp.expand_mask(masks["b"] & ~masks["a"], (8, 1), (40, 24))
+    packed = sp.PackedWeight.pack(torch.where(only_b, float("nan"), weight), masks)
+    with torch.no_grad():
+        for _ in range(2):
+            assert sp.sparse_linear(torch.randn(3, 24), packed, pathway="a").isfinite().all()
+            assert sp.sparse_linear(torch.randn(3, 24), packed, pathway="b").isnan().any()
