@@ -3,7 +3,9 @@
 #define SP_SLICE 4  // outputs per pass of a K-major kernel: accumulators, x and a weight fill the vector registers
 
 #include "core/linear-inl.h"
+#include "core/linear_bf16-inl.h"
 #include "core/linear_dx-inl.h"
+#include "core/linear_i8-inl.h"
 
 namespace sp {
 
@@ -11,8 +13,8 @@ extern const KernelTable kernels_avx2;
 const KernelTable kernels_avx2 = {
     .name = "avx2",
     .linear_f32 = &linear<float>,
-    .linear_bf16 = nullptr,
-    .linear_i8 = nullptr,
+    .linear_bf16 = &linear_bf16,
+    .linear_i8 = &linear_i8,
     .linear_dx_f32 = &linear_dx<float>,
 };
 

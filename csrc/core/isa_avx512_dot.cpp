@@ -4,7 +4,9 @@
 #define SP_SLICE 8  // outputs per pass of a K-major kernel: accumulators, x and a weight fill the vector registers
 
 #include "core/linear-inl.h"
+#include "core/linear_bf16-inl.h"
 #include "core/linear_dx-inl.h"
+#include "core/linear_i8-inl.h"
 
 namespace sp {
 
@@ -12,8 +14,8 @@ extern const KernelTable kernels_avx512_dot;
 const KernelTable kernels_avx512_dot = {
     .name = "avx512_dot",
     .linear_f32 = &linear<float>,
-    .linear_bf16 = nullptr,
-    .linear_i8 = nullptr,
+    .linear_bf16 = &linear_bf16,
+    .linear_i8 = &linear_i8,
     .linear_dx_f32 = &linear_dx<float>,
 };
 

@@ -36,6 +36,7 @@ struct ProductArgs {
   int64_t c;             // block width C (inputs of the weight)
   int64_t lists;         // number of lists: block rows (forward) or block columns (dx)
   bool narrow;           // `other` is uint16
+  bool quantise_x;       // int8 weights only: quantise the rows of x, too (linear_i8-inl.h has the rule)
   Activation activation;
 };
 
@@ -55,11 +56,12 @@ struct KernelTable {
 // Rows of x packed together at most; the scratch of a kernel holds one such panel, K-major.
 constexpr int64_t kMaxPanel = 32;
 
-// One panel, the blocks of one full list (rearranged for the dot product instructions), and kMaxPanel rows of slack.
+// One panel, the blocks of one full list (rearranged or widened, with room for where their inputs start), and kMaxPanel
+// rows of slack.
 inline size_t scratch_bytes(const ProductArgs& args, size_t element_bytes) {
   const int64_t largest = args.r > args.c ? args.r : args.c;  // the panel is zero padded to whole blocks
   const int64_t padded = args.in + largest;
-  return static_cast<size_t>(padded * kMaxPanel + padded * args.r + kMaxPanel * 64) * element_bytes;
+  return static_cast<size_t>(padded * kMaxPanel + padded * (args.r + 8) + kMaxPanel * 64) * element_bytes;
 }
 
 }  // namespace sp

@@ -10,9 +10,10 @@ namespace {
 
 Tensor bcsr_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col,
                        const std::optional<Tensor>& pos, const std::optional<Tensor>& bias, int64_t n,
-                       const std::optional<Tensor>& scale, const std::optional<Tensor>& residual, int64_t activation) {
+                       const std::optional<Tensor>& scale, const std::optional<Tensor>& residual, int64_t activation,
+                       bool quantise_x) {
   check_dense(x, "x", 2);
-  const LinearOperands operands{values, crow, col, pos, scale, bias, n, activation};
+  const LinearOperands operands{values, crow, col, pos, scale, bias, n, activation, quantise_x};
   check_operands(operands);
   return run_linear(x, operands, residual, x.size(1));
 }

@@ -12,6 +12,7 @@ struct LinearOperands {
   std::optional<Tensor> pos, scale, bias;
   int64_t n;
   int64_t activation;
+  bool quantise_x;  // int8 values only
 };
 
 // dtype of x for values of `type`.
@@ -58,6 +59,7 @@ inline void check_operands(const LinearOperands& w) {
     STD_TORCH_CHECK(w.scale->scalar_type() == ScalarType::Float && w.scale->numel() == lists * height,
                     "scale must be float32, one per output of the padded weight");
   }
+  STD_TORCH_CHECK(!w.quantise_x || w.scale.has_value(), "quantise_x is for int8 values");
   STD_TORCH_CHECK(w.activation >= 0 && w.activation <= static_cast<int64_t>(Activation::kTanh), "unknown activation");
 }
 
@@ -89,6 +91,7 @@ inline Tensor run_linear(const Tensor& x, const LinearOperands& w, const std::op
   args.bias = data_or_null(w.bias);
   args.scale = static_cast<const float*>(data_or_null(w.scale));
   args.activation = static_cast<Activation>(w.activation);
+  args.quantise_x = w.quantise_x;
   args.in = k;
   args.out = w.n;
   args.c = w.values.size(1);

@@ -25,8 +25,8 @@ Prepared* find(int64_t handle) {
 
 int64_t prepare_linear_cpu(const Tensor& values, const Tensor& crow, const Tensor& col,
                            const std::optional<Tensor>& pos, const std::optional<Tensor>& bias, int64_t n, int64_t k,
-                           const std::optional<Tensor>& scale, int64_t activation, int64_t base) {
-  const LinearOperands operands{values, crow, col, pos, scale, bias, n, activation};
+                           const std::optional<Tensor>& scale, int64_t activation, bool quantise_x, int64_t base) {
+  const LinearOperands operands{values, crow, col, pos, scale, bias, n, activation, quantise_x};
   check_operands(operands);
   const Prepared* added = base == 0 ? nullptr : find(base);
   STD_TORCH_CHECK(added == nullptr || (added->operands.n == n && added->k == k), "base is of another shape");

@@ -42,16 +42,25 @@ class PackedWeight:
         pathways: names, in the order of a mixed batch's indices.
         values: `[nnz, C, R]`, R contiguous.
         scale: float32 `[NB * R]`, one per output, for int8 values; else None.
+        quantise_x: int8 values only: True: products round each row of x to int8, too, and multiply integers (fastest);
+            False: x stays float32.
         device: where the tensors are.
         indices: one BlockIndex per pathway.
         prepared: what operators keep with this weight, by pathway; theirs alone.
     """
 
     def __init__(
-        self, shape: tuple[int, int], block: Block, values: Tensor, scale: Tensor | None, masks: dict[str, Tensor]
+        self,
+        shape: tuple[int, int],
+        block: Block,
+        values: Tensor,
+        scale: Tensor | None,
+        masks: dict[str, Tensor],
+        quantise_x: bool = True,
     ):
         """Index `values` (the union's blocks in row order) by `masks`, {name: bool `[NB, KB]`}."""
         self.shape, self.block, self.values, self.scale = shape, block, values, scale
+        self.quantise_x = quantise_x and scale is not None
         self.device = values.device
         self.prepared: dict[object, Any] = {}
         self.pathways = tuple(masks)
@@ -71,6 +80,7 @@ class PackedWeight:
         mask: Tensor | Mapping[str, Tensor],
         block: Block = (8, 1),
         dtype: torch.dtype | None = None,
+        quantise_x: bool = True,
     ) -> PackedWeight:
         """Pack the kept blocks of a dense weight.
 
@@ -80,6 +90,7 @@ class PackedWeight:
             block: (R, C).
             dtype: of the stored values: float32, float64, bfloat16, float16 or int8 (one scale per output); default the
                 weight's.
+            quantise_x: int8 only, see the attribute.
 
         Raises:
             TypeError, ValueError: arguments that do not fit together; int8 of values that are not finite.
@@ -102,12 +113,12 @@ class PackedWeight:
         scale = None
         if dtype == torch.int8:
             values, scale = _quantise(values, compress(union)[0])
-        return cls(shape, block, values.to(dtype), scale, masks)
+        return cls(shape, block, values.to(dtype), scale, masks, quantise_x)
 
     def __reduce__(self):  # type: ignore[no-untyped-def]
         # torch cannot pickle uint16 storages; the masks say it all.
         masks = {name: self.mask(name) for name in self.pathways}
-        return PackedWeight, (self.shape, self.block, self.values, self.scale, masks)
+        return PackedWeight, (self.shape, self.block, self.values, self.scale, masks, self.quantise_x)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -168,7 +179,7 @@ class PackedWeight:
         """A packed weight of these pathways alone, its values no longer shared with the others."""
         masks = {name: self.mask(name) for name in check_names(pathways)}
         kept = torch.stack(list(masks.values())).any(0)[self.mask()]
-        return PackedWeight(self.shape, self.block, self.values[kept], self.scale, masks)
+        return PackedWeight(self.shape, self.block, self.values[kept], self.scale, masks, self.quantise_x)
 
     def part(self, mask: Tensor) -> tuple[Tensor, BlockIndex]:
         """Copies of the values that `mask` (bool `[NB, KB]`, within the union) keeps, in row order, and their index."""
@@ -177,6 +188,7 @@ class PackedWeight:
     def _apply(self, convert) -> PackedWeight:  # type: ignore[no-untyped-def]
         moved = object.__new__(PackedWeight)
         moved.shape, moved.block, moved.pathways = self.shape, self.block, self.pathways
+        moved.quantise_x = self.quantise_x
         moved.values, moved.prepared = convert(self.values), {}
         moved.device = moved.values.device
         moved.scale = None if self.scale is None else self.scale.to(moved.values.device)

@@ -143,12 +143,13 @@ def pathway(model: nn.Module, name: str) -> Iterator[None]:
             layer.active = active
 
 
-def pack_(model: Model, dtype: torch.dtype | None = None) -> Model:
+def pack_(model: Model, dtype: torch.dtype | None = None, quantise_x: bool = True) -> Model:
     """Turn every SparseLinear into a PackedLinear, in place: from here on only kept blocks exist.
 
     Args:
         model: with sparse layers.
         dtype: of the packed values; default each weight's.
+        quantise_x: int8 only: products round each row of their input to int8, too (fastest); False: it stays float32.
 
     Raises:
         ValueError: no SparseLinear in the model.
@@ -157,16 +158,18 @@ def pack_(model: Model, dtype: torch.dtype | None = None) -> Model:
     def choose(name: str, module: nn.Module) -> nn.Module | None:
         if not isinstance(module, SparseLinear):
             return None
-        return PackedLinear(module.pack(dtype), module.bias, module.active).train(module.training)
+        return PackedLinear(module.pack(dtype, quantise_x=quantise_x), module.bias, module.active).train(
+            module.training
+        )
 
     if not any(isinstance(layer, SparseLinear) for layer in sparse_layers(model).values()):
         raise ValueError("model is packed already")
     return _replace(model, choose)  # type: ignore[return-value]
 
 
-def pack(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """A packed copy; the model itself stays as it is."""
-    return pack_(copy.deepcopy(model), dtype)
+def pack(model: Model, dtype: torch.dtype | None = None, quantise_x: bool = True) -> Model:
+    """A packed copy, see `pack_`; the model itself stays as it is."""
+    return pack_(copy.deepcopy(model), dtype, quantise_x)
 
 
 def unpack_(model: Model) -> Model:

@@ -48,6 +48,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"layer {name} is not packed; call pack_(model) or pack(model) first")
         packed = layer.packed
         described[name] = {"shape": packed.shape, "block": packed.block, "pathways": packed.pathways}
+        if packed.scale is not None:
+            described[name]["quantise_x"] = packed.quantise_x
     header = {"version": VERSION, "layers": described, "config": getattr(model, "packed_config", None)}
     # safetensors refuses tensors that share memory; contiguous clones are what it wants.
     whole = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
@@ -104,7 +106,8 @@ def _layer(path: str | os.PathLike[str], name: str, entry: dict[str, Any], tenso
         if bias is not None and (tuple(bias.shape) != (shape[0],) or not bias.is_floating_point()):
             raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}")
         masks = unpack_bits(bits, blocks * columns).view(len(names), blocks, columns)
-        packed = PackedWeight(shape, block, values, scale, dict(zip(names, masks, strict=True)))  # type: ignore[arg-type]
+        named = dict(zip(names, masks, strict=True))
+        packed = PackedWeight(shape, block, values, scale, named, bool(entry.get("quantise_x", True)))  # type: ignore[arg-type]
         return PackedLinear(packed, bias)
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(path, f"layer {name}: {error}") from error

@@ -172,10 +172,12 @@ class SparseLinear(nn.Linear):
             self._build_layouts()
         return self._layouts[self._index(pathway or self.active)]
 
-    def pack(self, dtype: torch.dtype | None = None, pathways: Iterable[str] | None = None) -> PackedWeight:
-        """The kept blocks of these pathways (all by default) as a PackedWeight."""
+    def pack(
+        self, dtype: torch.dtype | None = None, pathways: Iterable[str] | None = None, quantise_x: bool = True
+    ) -> PackedWeight:
+        """The kept blocks of these pathways (all by default) as a PackedWeight; arguments as for `PackedWeight.pack`."""
         names = self.pathways if pathways is None else check_names(pathways)
-        return PackedWeight.pack(self.weight, {name: self.mask(name) for name in names}, self.block, dtype)
+        return PackedWeight.pack(self.weight, {name: self.mask(name) for name in names}, self.block, dtype, quantise_x)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in_features]` -> `[..., out_features]` with the active pathway's mask."""
@@ -272,7 +274,9 @@ class PackedLinear(nn.Module):
             blocks, columns = grid(self.packed.shape, self.packed.block)
             masks = unpack_bits(own["block_mask"], blocks * columns).view(len(self.pathways), blocks, columns)
             named = dict(zip(self.pathways, masks, strict=True))
-            packed = PackedWeight(self.packed.shape, self.packed.block, own["values"], own["scale"], named)
+            packed = PackedWeight(
+                self.packed.shape, self.packed.block, own["values"], own["scale"], named, self.packed.quantise_x
+            )
         except (RuntimeError, ValueError) as error:
             errors.append(f"{prefix}: {error}")
             return

@@ -22,6 +22,7 @@ from sparse_pathways.ops import library
 ISAS = ("portable", "avx2", "avx512", "avx512_dot")
 NAMES = ("reference", *ISAS, "triton")
 VARIABLE = "SPARSE_PATHWAYS_BACKEND"
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.int8)  # of stored values; every ISA has a forward kernel for them
 
 _forced: str | None = None
 _isa: str | None = None  # the CPU kernels in use; None until the first product, or when they are missing
@@ -42,7 +43,7 @@ def _why_not(name: str, device: str, dtype: torch.dtype, block: Block) -> str | 
             return "this CPU or operating system does not support it"
         if dtype == torch.float64:
             return None if name == "portable" else "float64 has a portable kernel only"
-        return None if dtype == torch.float32 else f"it has no {dtype} kernel"
+        return None if dtype in CPU_DTYPES else f"it has no {dtype} kernel"
     if device != "cuda":
         return f"it runs on CUDA devices, the tensors are on {device}"
     if not _triton_installed():
@@ -112,7 +113,7 @@ def select(device: str, dtype: torch.dtype, block: Block) -> str:
             raise BackendUnavailable(f"{VARIABLE} forces {_forced!r}, which cannot serve this product: {reason}")
         return _forced
     if device == "cpu" and _isa is not None:
-        if dtype == torch.float32:
+        if dtype in CPU_DTYPES:
             return _isa
         if dtype == torch.float64:
             return "portable"

@@ -25,7 +25,7 @@ GATHER = "sparse_pathways::bcsr_gather"
 torch.library.define(
     LINEAR,
     "(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? pos, Tensor? bias, int n, Tensor? scale=None, "
-    "Tensor? residual=None, int activation=0) -> Tensor",
+    "Tensor? residual=None, int activation=0, bool quantise_x=False) -> Tensor",
 )
 torch.library.define(
     LINEAR_DX, "(Tensor dy, Tensor values, Tensor crow_t, Tensor row_t, Tensor pos_t, int k) -> Tensor"
@@ -50,6 +50,18 @@ def _dense(values: Tensor, rows: Tensor, cols: Tensor, blocks: int, columns: int
     return grid.permute(0, 3, 1, 2).reshape(blocks * r, columns * c)
 
 
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of float32 `x [M, K]` as whole numbers -127 .. 127 (float32) and what to multiply them by, `[M, 1]`.
+
+    peak = max |x| of the row; numbers = x * (127 / peak) rounded to nearest even; factor = peak / 127. A row with
+    peak < 2^-119, where 127 / peak would overflow, counts as zero; the factor of a row with a NaN or infinity is NaN.
+    """
+    peak = x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1)
+    usable = peak.isfinite() & (peak >= 2.0**-119)
+    whole = torch.where(usable, torch.round(x * (127 / peak)), 0)
+    return whole, torch.where(usable, peak / 127, torch.where(peak.isfinite(), 0, torch.nan))
+
+
 def reference_linear(
     x: Tensor,
     values: Tensor,
@@ -61,12 +73,21 @@ def reference_linear(
     scale: Tensor | None = None,
     residual: Tensor | None = None,
     activation: int = 0,
+    quantise_x: bool = False,
 ) -> Tensor:
-    """What `bcsr_linear` computes, in plain PyTorch: `activation(x @ W.T * scale + bias) + residual`, `[M, n]`."""
+    """What `bcsr_linear` computes, in plain PyTorch: `activation(x @ W.T * scale + bias) + residual`, `[M, n]`.
+
+    With `quantise_x` (int8 values only) the rows of x are rounded to int8 first, see `quantise_rows`.
+    """
     columns = -(-x.shape[1] // values.shape[1])
     used = (values if pos is None else values[pos]).to(x.dtype)
     weight = _dense(used, block_rows(crow, col.numel()), col.long(), crow.numel() - 1, columns)[:n, : x.shape[1]]
-    y = F.linear(x, weight if scale is None else weight * scale[:n, None], bias)
+    if quantise_x and scale is not None:
+        whole, factor = quantise_rows(x)
+        y = F.linear(whole.double(), weight.double()).float() * factor * scale[:n]  # in double the integers are exact
+        y = y if bias is None else y + bias
+    else:
+        y = F.linear(x, weight if scale is None else weight * scale[:n, None], bias)
     y = ACTIVATIONS[activation](y)
     return y if residual is None else y + residual
 
@@ -91,18 +112,18 @@ torch.library.register_kernel(GATHER, None, _reference_gather)
 
 
 @torch.library.register_kernel(LINEAR, "cuda")
-def _cuda(x, values, crow, col, pos, bias, n, scale=None, residual=None, activation=0):  # type: ignore[no-untyped-def]
+def _cuda(x, values, crow, col, pos, bias, n, scale=None, residual=None, activation=0, quantise_x=False):  # type: ignore[no-untyped-def]
     if backends.select("cuda", values.dtype, (values.shape[2], values.shape[1])) == "triton" and scale is None:
         from sparse_pathways.kernels.bcsr_linear import bcsr_linear  # imports Triton: only where it runs
 
         y = ACTIVATIONS[activation](bcsr_linear(x, values, crow, col, pos, bias, n))
         return y if residual is None else y + residual
-    return reference_linear(x, values, crow, col, pos, bias, n, scale, residual, activation)
+    return reference_linear(x, values, crow, col, pos, bias, n, scale, residual, activation, quantise_x)
 
 
 # --- fakes --------------------------------------------------------------------------------------------------------
 @torch.library.register_fake(LINEAR)
-def _fake_linear(x, values, crow, col, pos, bias, n, scale=None, residual=None, activation=0):  # type: ignore[no-untyped-def]
+def _fake_linear(x, values, crow, col, pos, bias, n, scale=None, residual=None, activation=0, quantise_x=False):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], n)
 
 
@@ -124,7 +145,7 @@ def refuse_second_derivative() -> None:
 
 # --- autograd -----------------------------------------------------------------------------------------------------
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, values, crow, col, pos, bias, _, scale, residual, activation = inputs
+    x, values, crow, col, pos, bias, _, scale, residual, activation, _ = inputs
     if scale is not None or residual is not None or activation:
         raise RuntimeError("bcsr_linear with a scale, a residual or an activation has no gradient; apply them after it")
     ctx.save_for_backward(x, values, crow, col, pos)
@@ -144,7 +165,7 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
         dvalues = _reference_gather(dy.T @ x, crow, col, values.shape[2], values.shape[1])
         if pos is not None:
             dvalues = torch.zeros_like(values).index_copy(0, pos.long(), dvalues)
-    return dx, dvalues, None, None, None, dy.sum(0) if ctx.has_bias else None, *[None] * 4
+    return dx, dvalues, None, None, None, dy.sum(0) if ctx.has_bias else None, *[None] * 5
 
 
 torch.library.register_autograd(LINEAR, _backward, setup_context=_save)
@@ -169,7 +190,7 @@ def linear(
 
 def linear_dx(dy: Tensor, values: Tensor, crow_t: Tensor, row_t: Tensor, pos_t: Tensor, k: int) -> Tensor:
     """The transposed product by the selected backend: `dy [M, N]` contiguous -> `[M, k]`."""
-    if _use_reference(values) or values.is_cuda:
+    if _use_reference(values) or values.is_cuda or values.dtype not in (torch.float32, torch.float64):
         return _reference_dx(dy, values, crow_t, row_t, pos_t, k)
     return torch.ops.sparse_pathways.bcsr_linear_dx.default(dy, values, crow_t, row_t, pos_t, k)
 
@@ -196,19 +217,20 @@ def _product(
 ) -> Tensor:
     """`x [M, K]` contiguous -> `[M, N]` through the backend that serves it."""
     n, values, scale = packed.shape[0], packed.values, packed.scale
+    quantise_x = packed.quantise_x
     differentiable = _wants_grad(x, values, bias, residual)
     if backends.select(packed.device.type, values.dtype, packed.block) == "reference" or (
         differentiable and scale is not None
     ):
-        return reference_linear(x, values, *index, bias, n, scale, residual, activation)
+        return reference_linear(x, values, *index, bias, n, scale, residual, activation, quantise_x)
     if torch.compiler.is_compiling() or differentiable:
-        y = ACTIVATIONS[activation](_bcsr_linear(x, values, *index, bias, n, scale))
+        y = ACTIVATIONS[activation](_bcsr_linear(x, values, *index, bias, n, scale, None, 0, quantise_x))
         return y if residual is None else y + residual
     if torch.is_inference_mode_enabled():
-        return _bcsr_linear(x, values, *index, bias, n, scale, residual, activation)
+        return _bcsr_linear(x, values, *index, bias, n, scale, residual, activation, quantise_x)
     # Past the autograd formula, which is Python and slower than a kernel.
     with torch._C._AutoDispatchBelowAutograd():
-        return _bcsr_linear(x, values, *index, bias, n, scale, residual, activation)
+        return _bcsr_linear(x, values, *index, bias, n, scale, residual, activation, quantise_x)
 
 
 def _mixed(x: Tensor, packed: PackedWeight, rows: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ PACKED_LINEAR = "sparse_pathways::packed_linear"
 torch.library.define(
     "sparse_pathways::prepare_linear",
     "(Tensor values, Tensor crow, Tensor col, Tensor? pos, Tensor? bias, int n, int k, Tensor? scale, int activation, "
-    "int base) -> int",
+    "bool quantise_x, int base) -> int",
 )
 torch.library.define("sparse_pathways::release_linear", "(int handle) -> ()")
 torch.library.define(PACKED_LINEAR, "(Tensor x, int handle, Tensor? residual=None) -> Tensor")
@@ -58,7 +58,7 @@ class Prepared:
         self.bias, self.activation, self.epoch, self.handle, self.base = bias, activation, backends.epoch, 0, base
         self.trains = packed.values.requires_grad or (bias is not None and bias.requires_grad)
         self.handle = torch.ops.sparse_pathways.prepare_linear.default(
-            values, *index, bias, *packed.shape, packed.scale, number, base.handle if base else 0
+            values, *index, bias, *packed.shape, packed.scale, number, packed.quantise_x, base.handle if base else 0
         )
 
     def __del__(self, release=torch.ops.sparse_pathways.release_linear.default, finalizing=sys.is_finalizing) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,78 @@
+// Packing of narrow activations (2 bytes, 1 byte) K-major.
+#pragma once
+
+#include "core/simd-inl.h"
+
+namespace sp {
+namespace {
+
+// An integer that is known to the compiler inside a generic lambda.
+template <int kN>
+struct Int {
+  static constexpr int value = kN;
+};
+
+template <typename T>
+struct Halves;
+template <>
+struct Halves<uint16_t> {
+  static constexpr int kLanes = 8;
+  SP_INLINE static Vec<uint16_t, 8> low(Vec<uint16_t, 8> a, Vec<uint16_t, 8> b) {
+    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  }
+  SP_INLINE static Vec<uint16_t, 8> high(Vec<uint16_t, 8> a, Vec<uint16_t, 8> b) {
+    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  }
+};
+template <>
+struct Halves<uint8_t> {
+  static constexpr int kLanes = 16;
+  SP_INLINE static Vec<uint8_t, 16> low(Vec<uint8_t, 16> a, Vec<uint8_t, 16> b) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  }
+  SP_INLINE static Vec<uint8_t, 16> high(Vec<uint8_t, 16> a, Vec<uint8_t, 16> b) {
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+};
+
+// rows[i][j] of kRows vectors, a power of two of at most kLanes, becomes element j * kRows + i of all of them in a row:
+// each step is a perfect shuffle of the first half of the rows with the second.
+template <int kRows, typename T, int kLanes>
+SP_INLINE void interleave(Vec<T, kLanes>* rows) {
+  SP_UNROLL for (int step = 1; step < kRows; step *= 2) {
+    Vec<T, kLanes> next[kRows];
+    SP_UNROLL for (int i = 0; i < kRows / 2; ++i) {
+      next[2 * i] = Halves<T>::low(rows[i], rows[i + kRows / 2]);
+      next[2 * i + 1] = Halves<T>::high(rows[i], rows[i + kRows / 2]);
+    }
+    SP_UNROLL for (int i = 0; i < kRows; ++i) rows[i] = next[i];
+  }
+}
+
+// panel[j * kWidth + i] = element (i, j) for i < rows, zero for the other i < kWidth; j < length. Zero for length <= j
+// < padded. `piece(i, j)` is the vector of elements j .. j + kLanes - 1 of row i, `single(i, j)` one element; `put(to,
+// vector)` stores a vector, as wide elements if the panel's are wider.
+template <int kWidth, typename T, typename To, typename Piece, typename Single, typename Put>
+SP_INLINE void pack_narrow(int64_t rows, int64_t length, int64_t padded, To* panel, const Piece& piece,
+                           const Single& single, const Put& put) {
+  constexpr int kVector = Halves<T>::kLanes;
+  constexpr int kTile = kWidth < kVector ? kWidth : kVector;  // rows of x interleaved at once
+  const int64_t done = length / kVector * kVector;
+  for (int64_t i = 0; i < kWidth; i += kTile) {
+    for (int64_t j = 0; j < done; j += kVector) {
+      Vec<T, kVector> tile[kTile];
+      SP_UNROLL for (int q = 0; q < kTile; ++q) tile[q] = i + q < rows ? piece(i + q, j) : Vec<T, kVector>{};
+      interleave<kTile, T, kVector>(tile);
+      SP_UNROLL for (int q = 0; q < kTile; ++q) {
+        put(panel + (j + q * kVector / kTile) * kWidth + i + q * kVector % kTile, tile[q]);
+      }
+    }
+  }
+  for (int64_t j = done; j < length; ++j) {
+    for (int64_t i = 0; i < kWidth; ++i) panel[j * kWidth + i] = i < rows ? single(i, j) : To(0);
+  }
+  memset(panel + length * kWidth, 0, static_cast<size_t>((padded - length) * kWidth) * sizeof(To));
+}
+
+}  // namespace
+}  // namespace sp
