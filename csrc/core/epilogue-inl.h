@@ -116,12 +116,12 @@ struct Epilogue {
   }
 };
 
-// Sums of outputs n .. n + count - 1 (count <= 16) as tile[r * kWidth + i], i the row counted from `row`.
+// Sums of outputs n .. n + count - 1 (count <= 16; none if negative) as tile[r * kWidth + i], i the row counted from `row`.
 template <int kWidth, typename Y, typename Acc>
 void put_tile(const Epilogue<Y, Acc>& epilogue, const Acc* tile, int64_t row, int64_t rows, int64_t n, int64_t count) {
   int64_t done = 0;
   if constexpr (sizeof(Acc) == 4 && kWidth % 8 == 0) {
-    done = count & ~int64_t{7};
+    done = count < 8 ? 0 : count & ~int64_t{7};
     const bool whole = done == 16;
     for (int64_t i = 0; i < rows && done > 0; i += 8) {
       Vec<Acc, 8> low[8], high[8];

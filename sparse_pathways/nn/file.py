@@ -42,7 +42,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the model has no packed layers, or still has a SparseLinear.
     """
     layers = sparse_layers(model)
-    described = {}
+    described: dict[str, dict[str, object]] = {}
     for name, layer in layers.items():
         if not isinstance(layer, PackedLinear):
             raise ValueError(f"layer {name} is not packed; call pack_(model) or pack(model) first")

@@ -175,7 +175,7 @@ class SparseLinear(nn.Linear):
     def pack(
         self, dtype: torch.dtype | None = None, pathways: Iterable[str] | None = None, quantise_x: bool = True
     ) -> PackedWeight:
-        """The kept blocks of these pathways (all by default) as a PackedWeight; arguments as for `PackedWeight.pack`."""
+        """The kept blocks of these pathways (all by default), packed; arguments as for `PackedWeight.pack`."""
         names = self.pathways if pathways is None else check_names(pathways)
         return PackedWeight.pack(self.weight, {name: self.mask(name) for name in names}, self.block, dtype, quantise_x)
 
