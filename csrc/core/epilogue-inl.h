@@ -17,8 +17,15 @@ SP_INLINE Vec<double, kN> load_wide(const double* from) {
 }
 template <int kN>
 SP_INLINE Vec<float, kN> load_wide(const Bf16* from) {
-  const Vec<uint32_t, kN> bits = __builtin_convertvector(load<kN>(&from->bits), typename VecOf<uint32_t, kN>::type);
-  return (Vec<float, kN>)(bits << 16);
+  if constexpr (kN == 1) {  // GCC 12 goes wrong over conversions of one lane
+    const uint32_t bits = static_cast<uint32_t>(from->bits) << 16;
+    Vec<float, 1> value;
+    memcpy(&value, &bits, sizeof bits);
+    return value;
+  } else {
+    const Vec<uint32_t, kN> bits = __builtin_convertvector(load<kN>(&from->bits), typename VecOf<uint32_t, kN>::type);
+    return (Vec<float, kN>)(bits << 16);
+  }
 }
 
 template <int kN>
@@ -32,11 +39,18 @@ SP_INLINE void store_narrow(double* to, Vec<double, kN> value) {
 // Round to nearest, ties to even; a NaN stays a NaN.
 template <int kN>
 SP_INLINE void store_narrow(Bf16* to, Vec<float, kN> value) {
-  using U = Vec<uint32_t, kN>;
-  const U bits = (U)value;
-  const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const U quiet = (bits >> 16) | 0x40;
-  store<kN>(&to->bits, __builtin_convertvector((U)(value != value ? quiet : rounded), Vec<uint16_t, kN>));
+  if constexpr (kN == 1) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, quiet = (bits >> 16) | 0x40;
+    to->bits = static_cast<uint16_t>(value[0] != value[0] ? quiet : rounded);
+  } else {
+    using U = Vec<uint32_t, kN>;
+    const U bits = (U)value;
+    const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const U quiet = (bits >> 16) | 0x40;
+    store<kN>(&to->bits, __builtin_convertvector((U)(value != value ? quiet : rounded), Vec<uint16_t, kN>));
+  }
 }
 
 template <typename Acc, int kN>
@@ -109,14 +123,27 @@ struct Epilogue {
       store_narrow<kN>(y + row * out + n, finish<kN>(row, n, sum));
       return;
     }
-    for (int64_t i = 0; i < live; ++i) {
-      const Vec<Acc, 1> one = {sum[i]};
-      store_narrow<1>(y + row * out + n + i, finish<1>(row, n + i, one));
-    }
+    if (live <= 0) return;
+    // The same on copies that are long enough.
+    float scales[kN] = {};
+    Y biases[kN] = {}, initials[kN] = {}, residuals[kN] = {}, ys[kN];
+    Epilogue copy = *this;
+    const auto take = [&](auto*& from, auto* to, int64_t first) {
+      if (from == nullptr) return;
+      for (int64_t i = 0; i < live; ++i) to[i] = from[first + i];
+      from = to;
+    };
+    take(copy.scale, scales, n);
+    take(copy.bias, biases, n);
+    take(copy.initial, initials, row * out + n);
+    take(copy.residual, residuals, row * out + n);
+    store_narrow<kN>(ys, copy.template finish<kN>(0, 0, sum));
+    for (int64_t i = 0; i < live; ++i) y[row * out + n + i] = ys[i];
   }
 };
 
-// Sums of outputs n .. n + count - 1 (count <= 16; none if negative) as tile[r * kWidth + i], i the row counted from `row`.
+// Sums of outputs n .. n + count - 1 (count <= 16; none if negative) as tile[r * kWidth + i], i the row counted from
+// `row`.
 template <int kWidth, typename Y, typename Acc>
 void put_tile(const Epilogue<Y, Acc>& epilogue, const Acc* tile, int64_t row, int64_t rows, int64_t n, int64_t count) {
   int64_t done = 0;
@@ -141,9 +168,11 @@ void put_tile(const Epilogue<Y, Acc>& epilogue, const Acc* tile, int64_t row, in
     }
   }
   for (int64_t i = 0; i < rows && done < count; ++i) {
-    for (int64_t r = done; r < count; ++r) {
-      const Vec<Acc, 1> one = {tile[r * kWidth + i]};
-      epilogue.template put<1>(row + i, n + r, one, 1);
+    for (int64_t g = done; g < count; g += 8) {
+      Vec<Acc, 8> sums = {};
+      const int64_t live = count - g < 8 ? count - g : 8;
+      for (int64_t r = 0; r < live; ++r) sums[r] = tile[(g + r) * kWidth + i];
+      epilogue.template put<8>(row + i, n + g, sums, live);
     }
   }
 }
