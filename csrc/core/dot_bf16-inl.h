@@ -137,9 +137,10 @@ struct PairBuffer {
   uint32_t* weights;
   int32_t* starts;  // two per pair
 
+  // Room for two pairs per three columns, which blocks of C = 3 need; other C need less.
   PairBuffer(float* buffer, int64_t padded)
       : weights(reinterpret_cast<uint32_t*>(buffer)),
-        starts(reinterpret_cast<int32_t*>(weights + (padded / 2 + 1) * 8)) {}
+        starts(reinterpret_cast<int32_t*>(weights + (padded * 2 / 3 + 2) * 8)) {}
 };
 
 // Fills the buffer for outputs r0 .. r0 + height - 1 (weights of the others: zero). Returns the number of pairs.

@@ -82,9 +82,9 @@ def test_long_sums_are_exact(level, m, block, blocks_of, rng):
 
 @pytest.mark.parametrize("m", [1, 3, 9], ids="M{}".format)
 def test_sums_beyond_int32(level, m, blocks_of, rng):
-    weight, x, scale = torch.full((8, 140_000), 127, dtype=torch.int8), torch.ones(m, 140_000), scales(8, 8, rng)
+    weight, x, scale = torch.full((16, 140_000), 127, dtype=torch.int8), torch.ones(m, 140_000), scales(16, 8, rng)
     w = blocks_of(weight, (8, 1), rng, ids=torch.int32)
-    y = OPS.bcsr_linear(x, w.values, w.crow, w.col, None, None, 8, scale, None, 0, True)
+    y = OPS.bcsr_linear(x, w.values, w.crow, w.col, None, None, 16, scale, None, 0, True)
     assert torch.equal(y, emulated(x, w.dense, scale))
     assert w.dense.long().sum(1).max() * 127 > 2**31
 
