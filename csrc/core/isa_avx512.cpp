@@ -3,6 +3,7 @@
 #define SP_SLICE 8  // outputs per pass of a K-major kernel: accumulators, x and a weight fill the vector registers
 
 #include "core/linear-inl.h"
+#include "core/linear_dw-inl.h"
 #include "core/linear_dx-inl.h"
 
 namespace sp {
@@ -14,6 +15,8 @@ const KernelTable kernels_avx512 = {
     .linear_bf16 = nullptr,
     .linear_i8 = nullptr,
     .linear_dx_f32 = &linear_dx<float>,
+    .linear_dx_few_f32 = &linear_dx_few,
+    .linear_dw_f32 = kWeightGrad<float>,
 };
 
 }  // namespace sp

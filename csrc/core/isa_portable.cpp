@@ -3,6 +3,7 @@
 #define SP_SLICE 4  // outputs per pass of a K-major kernel: accumulators, x and a weight fill the vector registers
 
 #include "core/linear-inl.h"
+#include "core/linear_dw-inl.h"
 #include "core/linear_dx-inl.h"
 
 namespace sp {
@@ -10,16 +11,20 @@ namespace sp {
 extern const KernelTable kernels_portable;
 extern const ProductKernel linear_f64;
 extern const ProductKernel linear_dx_f64;
+extern const WeightGradKernel linear_dw_f64;
 const KernelTable kernels_portable = {
     .name = "portable",
     .linear_f32 = &linear<float>,
     .linear_bf16 = nullptr,
     .linear_i8 = nullptr,
     .linear_dx_f32 = &linear_dx<float>,
+    .linear_dx_few_f32 = &linear_dx_few,
+    .linear_dw_f32 = kWeightGrad<float>,
 };
 
 // float64 serves gradient checks, not speed: one version for all machines.
 const ProductKernel linear_f64 = &linear<double>;
 const ProductKernel linear_dx_f64 = &linear_dx<double>;
+const WeightGradKernel linear_dw_f64 = kWeightGrad<double>;
 
 }  // namespace sp

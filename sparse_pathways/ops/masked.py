@@ -7,52 +7,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_pathways.checks import grid
-from sparse_pathways.layout.bcsr import BlockLayout, block_rows
-from sparse_pathways.mask import expand_mask
-from sparse_pathways.ops.linear import autocast_dtype, gather, linear, linear_dx, refuse_second_derivative
+from sparse_pathways.layout.bcsr import BlockLayout
+from sparse_pathways.ops.linear import autocast_dtype, gather, linear, linear_dw, linear_dx, refuse_second_derivative
 
 MASKED = "sparse_pathways::masked_linear"
 
 torch.library.define(
     MASKED,
     "(Tensor x, Tensor weight, Tensor crow, Tensor col, Tensor crow_t, Tensor row_t, Tensor pos_t, Tensor? bias, "
-    "int r, int c, bool dense_grad) -> Tensor",
+    "int r, int c, bool dense_grad) -> (Tensor y, Tensor values)",
 )
 
 
 @torch.library.register_kernel(MASKED, None)
 def _masked(x, weight, crow, col, crow_t, row_t, pos_t, bias, r, c, dense_grad):  # type: ignore[no-untyped-def]
     values = gather(weight, crow, col, r, c)
-    return linear(x, values, crow, col, None, bias, weight.shape[0])
+    return linear(x, values, crow, col, None, bias, weight.shape[0]), values
 
 
 @torch.library.register_fake(MASKED)
 def _fake(x, weight, crow, col, crow_t, row_t, pos_t, bias, r, c, dense_grad):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], weight.shape[0])
+    return x.new_empty(x.shape[0], weight.shape[0]), weight.new_empty(col.shape[0], c, r)
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, crow, col, crow_t, row_t, pos_t, bias, r, c, dense_grad = inputs
-    ctx.save_for_backward(x, weight, crow, col, crow_t, row_t, pos_t)
+    x, _, crow, col, crow_t, row_t, pos_t, bias, r, c, dense_grad = inputs
+    # The values of this forward: a second gathering would cost a pass over the weight, and see it after a change.
+    values = output[1]
+    ctx.mark_non_differentiable(values)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, values, crow, col, crow_t, row_t, pos_t)
     ctx.block, ctx.dense_grad, ctx.has_bias = (r, c), dense_grad, bias is not None
 
 
-def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+def _backward(ctx, dy, _):  # type: ignore[no-untyped-def]
     refuse_second_derivative()
-    x, weight, crow, col, crow_t, row_t, pos_t = ctx.saved_tensors
-    dy = dy.contiguous()
+    x, values, crow, col, *transposed = ctx.saved_tensors
     dx = dweight = None
+    if dy is None:
+        return (None,) * 11
+    dy = dy.contiguous()
     if ctx.needs_input_grad[0]:
-        values = gather(weight, crow, col, *ctx.block)
-        dx = linear_dx(dy, values, crow_t, row_t, pos_t, x.shape[1])
+        dx = linear_dx(dy, values, crow, col, None, x.shape[1], tuple(transposed))
     if ctx.needs_input_grad[1]:
-        dweight = dy.T @ x
-        if not ctx.dense_grad:
-            blocks, columns = grid(weight.shape, ctx.block)
-            rows = block_rows(crow, col.numel())
-            kept = torch.zeros(blocks, columns, dtype=torch.bool, device=dy.device)
-            kept = kept.index_put((rows, col.long()), torch.ones((), dtype=torch.bool, device=dy.device))
-            dweight = torch.where(expand_mask(kept, ctx.block, tuple(weight.shape)), dweight, 0)
+        dweight = dy.T @ x if ctx.dense_grad else linear_dw(dy, x, crow, col, None, *ctx.block)
     return dx, dweight, *[None] * 5, dy.sum(0) if ctx.has_bias else None, None, None, None
 
 
@@ -104,7 +102,7 @@ def masked_linear(
             f"x is on {x.device}, weight on {weight.device}, layout on {layout.crow.device}; want one device"
         )
     flat = x.reshape(-1, k).contiguous()
-    y = torch.ops.sparse_pathways.masked_linear(
+    y, _ = torch.ops.sparse_pathways.masked_linear(
         flat,
         weight.contiguous(),
         layout.crow,
