@@ -182,6 +182,9 @@ torch.library.register_autograd(LINEAR, _backward, setup_context=_save)
 _bcsr_linear = torch.ops.sparse_pathways.bcsr_linear.default
 
 
+GRADIENT_DTYPES = (torch.float32, torch.float64)  # of the CPU kernels of gradients
+
+
 def _use_reference(values: Tensor) -> bool:
     return backends.select(values.device.type, values.dtype, (values.shape[2], values.shape[1])) == "reference"
 
@@ -206,7 +209,7 @@ def linear_dx(
 ) -> Tensor:
     """`dy [M, N] @ W` by the selected backend, `[M, k]`. `transposed`: the lists (crow_t, row_t, pos_t), which serve a
     few rows faster."""
-    if _use_reference(values) or values.is_cuda:
+    if _use_reference(values) or values.dtype not in GRADIENT_DTYPES or values.is_cuda:
         return _reference_dx(dy, values, crow, col, pos, k)
     return torch.ops.sparse_pathways.bcsr_linear_dx.default(dy, values, crow, col, pos, k, *(transposed or ()))
 
@@ -215,7 +218,7 @@ def linear_dw(
     dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, pos: Tensor | None, r: int, c: int, blocks: int = -1
 ) -> Tensor:
     """`dy.T @ x` on the kept blocks by the selected backend: `[blocks, c, r]`, or `[N, K]` where `blocks` is -1."""
-    if backends.select(x.device.type, x.dtype, (r, c)) == "reference" or x.is_cuda:
+    if backends.select(x.device.type, x.dtype, (r, c)) == "reference" or x.dtype not in GRADIENT_DTYPES or x.is_cuda:
         return _reference_dw(dy, x, crow, col, pos, r, c, blocks)
     return torch.ops.sparse_pathways.bcsr_linear_dw.default(dy, x, crow, col, pos, r, c, blocks)
 

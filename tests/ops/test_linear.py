@@ -214,10 +214,15 @@ def test_opcheck(rng):
     ops = torch.ops.sparse_pathways
     opcheck(ops.bcsr_linear.default, (x, values, layout.crow, layout.col, None, bias, 37))
     opcheck(ops.bcsr_linear.default, (x, values, layout.crow, layout.col, layout.pos_t, None, 37))
-    opcheck(ops.bcsr_linear_dx.default, (torch.randn(6, 37, generator=rng), values.detach(), *lists, 29))
+    dy, plain = torch.randn(6, 37, generator=rng), (layout.crow, layout.col)
+    opcheck(ops.bcsr_linear_dx.default, (dy, values.detach(), *plain, None, 29))
+    opcheck(ops.bcsr_linear_dx.default, (dy, values.detach(), *plain, None, 29, *lists))
+    opcheck(ops.bcsr_linear_dw.default, (dy, x.detach(), *plain, None, 8, 1, -1))
+    opcheck(ops.bcsr_linear_dw.default, (dy, x.detach(), *plain, layout.pos_t, 8, 1, layout.num_blocks))
     opcheck(ops.bcsr_gather.default, (weight.detach(), layout.crow, layout.col, 8, 1))
     for dense_grad in (False, True):
         opcheck(ops.masked_linear.default, (x, weight, layout.crow, layout.col, *lists, bias, 8, 1, dense_grad))
+        opcheck(ops.masked_weight.default, (weight, layout.bits, 8, 1, dense_grad))
 
 
 # --- backends -------------------------------------------------------------------------------------------------------
