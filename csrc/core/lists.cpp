@@ -1,5 +1,9 @@
 #include "core/lists.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -15,8 +19,49 @@ uint64_t load_word(const uint8_t* from) {
   return word;
 }
 
-// Bit i of the result is byte i.
-uint8_t bits_of(uint64_t word) { return static_cast<uint8_t>((word * 0x0102040810204080ull) >> 56); }
+// Mask bytes i < count, each 0 or 1, as bits, lowest first.
+void pack_bits(const uint8_t* mask, int64_t count, uint8_t* bits) {
+  int64_t i = 0;
+#if defined(__SSE2__)
+  for (; i + 16 <= count; i += 16) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask + i));
+    const uint16_t packed = static_cast<uint16_t>(_mm_movemask_epi8(_mm_slli_epi16(bytes, 7)));
+    std::memcpy(bits + i / 8, &packed, sizeof packed);
+  }
+#endif
+  for (; i < count; i += 8) {
+    uint8_t bytes[8] = {};
+    std::memcpy(bytes, mask + i, static_cast<size_t>(std::min<int64_t>(8, count - i)));
+    bits[i / 8] = static_cast<uint8_t>((load_word(bytes) * 0x0102040810204080ull) >> 56);
+  }
+}
+
+// Sum of mask bytes i < count, each 0 or 1: eight at a time, as long as a byte can hold their sum.
+int32_t sum_bytes(const uint8_t* mask, int64_t count) {
+  int64_t sum = 0, i = 0;
+  while (i + 8 <= count) {
+    const int64_t end = std::min(count - 7, i + 8 * 255);
+    uint64_t bytes = 0;
+    for (; i < end; i += 8) bytes += load_word(mask + i);
+    const uint64_t pairs = (bytes & 0x00ff00ff00ff00ffull) + (bytes >> 8 & 0x00ff00ff00ff00ffull);
+    sum += static_cast<int64_t>((pairs * 0x0001000100010001ull) >> 48);
+  }
+  for (; i < count; ++i) sum += mask[i];
+  return static_cast<int32_t>(sum);
+}
+
+// sums[j] = sum of column j: in bytes, as long as one can hold it.
+void sum_columns(const uint8_t* mask, int64_t rows, int64_t cols, int32_t* sums) {
+  std::vector<uint8_t> bytes(static_cast<size_t>(cols));
+  std::fill_n(sums, cols, 0);
+  for (int64_t b = 0; b < rows;) {
+    std::fill(bytes.begin(), bytes.end(), uint8_t{0});
+    for (const int64_t end = std::min<int64_t>(rows, b + 255); b < end; ++b) {
+      for (int64_t j = 0; j < cols; ++j) bytes[j] = static_cast<uint8_t>(bytes[j] + mask[b * cols + j]);
+    }
+    for (int64_t j = 0; j < cols; ++j) sums[j] += bytes[j];
+  }
+}
 
 // Columns of the set bytes of one mask row; `to` has room for cols + 1, since every column is written before it counts.
 template <typename Id>
@@ -42,10 +87,7 @@ void build(const uint8_t* mask, int64_t rows, int64_t cols, const BlockLists& li
   Row* row_t = static_cast<Row*>(lists.row_t);
   std::vector<Col> line(static_cast<size_t>(cols + 1));
   std::vector<int32_t> next(static_cast<size_t>(cols + 1), 0);
-  for (int64_t b = 0; b < rows; ++b) {
-    const uint8_t* from = mask + b * cols;
-    for (int64_t j = 0; j < cols; ++j) next[j] += from[j];
-  }
+  sum_columns(mask, rows, cols, next.data());
   prefix_sums(next.data(), cols);
   std::copy(next.begin(), next.end(), lists.crow_t);
   for (int64_t b = 0; b < rows; ++b) {
@@ -296,20 +338,9 @@ void mask_rows(const T* weight, int64_t n, int64_t k, int64_t r, int64_t c, cons
 }  // namespace
 
 int64_t count_blocks(const uint8_t* mask, int64_t rows, int64_t cols, uint8_t* bits, int32_t* crow) {
-  const int64_t count = rows * cols;
-  for (int64_t i = 0; i + 8 <= count; i += 8) bits[i / 8] = bits_of(load_word(mask + i));
-  if (count % 8 != 0) {
-    uint8_t rest[8] = {};
-    std::memcpy(rest, mask + count / 8 * 8, static_cast<size_t>(count % 8));
-    bits[count / 8] = bits_of(load_word(rest));
-  }
+  pack_bits(mask, rows * cols, bits);
   crow[0] = 0;
-  for (int64_t b = 0; b < rows; ++b) {
-    const uint8_t* row = mask + b * cols;
-    int32_t sum = 0;
-    for (int64_t j = 0; j < cols; ++j) sum += row[j];
-    crow[b + 1] = crow[b] + sum;
-  }
+  for (int64_t b = 0; b < rows; ++b) crow[b + 1] = crow[b] + sum_bytes(mask + b * cols, cols);
   return crow[rows];
 }
 
