@@ -5,17 +5,26 @@
 // Maths  operands and accumulators in the type of x: per cell one partial sum per vector lane and chunk of kGradRows
 // Limits any R, C, M >= 0, N, K; blocks may stick out of the weight. Fast where R is a multiple of SP_SLICE
 // Cost   x and the dy of a block row are turned so that rows of the batch lie in vector lanes; SP_SLICE outputs x
-//        kColumns inputs share their loads: bound by the multiply-adds. The sum over the lanes, once per block and
-//        chunk, adds about 7 % at 512 rows
+//        kColumns inputs share their loads. The sum over the lanes comes once per block and chunk, so few rows are slow:
+//        on a Zen 4, 8x1 blocks, 60 GFLOP/s at 512 rows (a dense product 90), 24 at 64 rows (60)
 #pragma once
 
 #include "core/simd-inl.h"
 
+// Keeps the compiler from loading a value anew, as an operand from memory, in each instruction that uses it.
+#if defined(__x86_64__)
+#define SP_IN_REGISTER(vector) __asm__("" : "+v"(vector))
+#else
+#define SP_IN_REGISTER(vector) static_cast<void>(vector)
+#endif
+
 namespace sp {
 namespace {
 
-// Inputs per pass: the accumulators of SP_SLICE outputs x kColumns inputs, and their operands, fill the registers.
-constexpr int kColumns = SP_SLICE == 8 ? 3 : 2;
+// Inputs per pass of kS outputs: the accumulators and their operands fill the registers.
+constexpr int kMostColumns = 8;
+template <int kS>
+constexpr int kColumns = kS == 1 ? kMostColumns : (SP_SLICE == 8 ? 24 : 8) / kS;
 
 // packed[(j - j0) * turned_stride(rows) + i] = x[i * stride + j] for j0 <= j < j1, i < rows; 0 up to a whole vector.
 template <typename T>
@@ -110,7 +119,8 @@ struct LinearDw {
       Vec<T, kL> x[kG];
       SP_UNROLL for (int g = 0; g < kG; ++g) x[g] = load<kL>(from[g] + i);
       SP_UNROLL for (int q = 0; q < kS; ++q) {
-        const Vec<T, kL> one = load<kL>(dy + q * apart + i);
+        Vec<T, kL> one = load<kL>(dy + q * apart + i);
+        SP_IN_REGISTER(one);
         SP_UNROLL for (int g = 0; g < kG; ++g) sum[g][q] += one * x[g];
       }
     }
@@ -125,8 +135,8 @@ struct LinearDw {
 
   template <int kS>
   SP_INLINE void flush(const T* dy, const GradCell<T>* cell, int64_t count, int64_t r0, int64_t live) const {
-    if (count == kColumns) {
-      cells<kS, kColumns>(dy, cell, r0, live);
+    if (count == kColumns<kS>) {
+      cells<kS, kColumns<kS>>(dy, cell, r0, live);
     } else {
       for (int64_t g = 0; g < count; ++g) cells<kS, 1>(dy, cell + g, r0, live);
     }
@@ -138,7 +148,7 @@ struct LinearDw {
     const Col* col = static_cast<const Col*>(args.other);
     T* dw = static_cast<T*>(args.dw);
     const int64_t live = args.n - b * args.r - r0;
-    GradCell<T> cell[kColumns];
+    GradCell<T> cell[kColumns<kS>];
     int64_t count = 0;
     for (int64_t e = args.begin[b]; e < args.begin[b + 1]; ++e) {
       const int64_t first = static_cast<int64_t>(col[e]) * args.c;
@@ -147,7 +157,7 @@ struct LinearDw {
       for (int64_t j = 0; j < width; ++j) {
         T* to = args.dense ? dw + b * args.r * args.k + first + j : dw + (block * args.c + j) * args.r;
         cell[count++] = {columns + (first + j) * turned_stride(rows), to};
-        if (count == kColumns) {
+        if (count == kColumns<kS>) {
           flush<kS>(dy, cell, count, r0, live);
           count = 0;
         }

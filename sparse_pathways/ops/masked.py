@@ -1,4 +1,4 @@
-"""`sparse_pathways::masked_linear`: the training product. The weight stays dense; only kept blocks are read."""
+"""`sparse_pathways::masked_linear`: the training product. The weight stays dense; only kept blocks are multiplied."""
 
 from __future__ import annotations
 
@@ -105,14 +105,14 @@ def takes_dense(device: str, dtype: torch.dtype, layout: BlockLayout, rows: int)
     ):
         return False
     r = layout.block[0]
-    limit = 0.95 if r % 8 == 0 else 0.6 if r % 4 == 0 else 0.3
+    limit = 0.95 if r % 8 == 0 else 0.6 if r % 4 == 0 else 0.35
     return layout.density > (limit if rows >= 64 else 0.6 * limit)
 
 
 def masked_linear(
     x: Tensor, weight: Tensor, layout: BlockLayout, bias: Tensor | None = None, *, dense_grad: bool = False
 ) -> Tensor:
-    """`x @ (mask * weight).T + bias` for training; pruned weights are never read, so a NaN there cannot leak.
+    """`x @ (mask * weight).T + bias` for training; pruned weights enter no product, so a NaN there cannot leak.
 
     Args:
         x: `[..., K]`, in the dtype of weight (converted under autocast; the result comes in autocast's dtype).
