@@ -5,8 +5,8 @@
 // Maths  operands and accumulators in the type of x: per cell one partial sum per vector lane and chunk of kGradRows
 // Limits any R, C, M >= 0, N, K; blocks may stick out of the weight. Fast where R is a multiple of SP_SLICE
 // Cost   x and the dy of a block row are turned so that rows of the batch lie in vector lanes; SP_SLICE outputs x
-//        kColumns inputs share their loads. The sum over the lanes comes once per block and chunk, so few rows are slow:
-//        on a Zen 4, 8x1 blocks, 60 GFLOP/s at 512 rows (a dense product 90), 24 at 64 rows (60)
+//        kColumns inputs share their loads. The sum over the lanes comes once per block and chunk, so few rows are
+//        slow: on a Zen 4, 8x1 blocks, 60 GFLOP/s at 512 rows (a dense product 90), 24 at 64 rows (60)
 #pragma once
 
 #include "core/simd-inl.h"

@@ -96,9 +96,11 @@ def takes_dense(device: str, dtype: torch.dtype, layout: BlockLayout, rows: int)
 
     The kernels reach the speed of a dense product per kept weight where R is a multiple of 8; of shorter blocks they
     make half or a third of it, and with few rows reading the weight costs as much as the product (measured on a Zen 4).
+    A compiled model keeps the kernels: the choice depends on which backend is forced, which a trace cannot ask.
     """
     if (
-        device != "cpu"
+        torch.compiler.is_compiling()
+        or device != "cpu"
         or dtype != torch.float32
         or backends.is_forced()
         or backends.select(device, dtype, layout.block) == "reference"

@@ -190,6 +190,19 @@ def test_the_dense_way_gives_the_same(block, dense_grad, rng):
     assert dense_grad or not results[0][2][~kept].any()
 
 
+@pytest.mark.parametrize("dense_grad", [False, True])
+def test_a_compiled_layer_keeps_the_kernels(dense_grad, rng):
+    linear = torch.nn.Linear(32, 32)
+    mask = sp.topk_mask(sp.block_scores(linear.weight, (4, 4)), 0.2)
+    layer = sp.SparseLinear.from_linear(linear, mask, (4, 4))
+    layer.dense_grad = dense_grad
+    x = torch.randn(70, 32, generator=rng, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(f(x).square().sum(), (x, layer.weight)) for f in (compiled, layer)]
+    for traced, eager in zip(*results, strict=True):
+        torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-4)
+
+
 def test_explain_says_where_training_is_dense(rng):
     for block, sparsity in itertools.product([(8, 1), (4, 4)], [0.2, 0.7]):
         linear = torch.nn.Linear(64, 64)
