@@ -5,6 +5,7 @@
 
 #include "core/linear-inl.h"
 #include "core/linear_bf16-inl.h"
+#include "core/linear_dw-inl.h"
 #include "core/linear_dx-inl.h"
 #include "core/linear_i8-inl.h"
 
@@ -17,6 +18,8 @@ const KernelTable kernels_avx512_dot = {
     .linear_bf16 = &linear_bf16,
     .linear_i8 = &linear_i8,
     .linear_dx_f32 = &linear_dx<float>,
+    .linear_dx_few_f32 = &linear_dx_few,
+    .linear_dw_f32 = kWeightGrad<float>,
 };
 
 }  // namespace sp

@@ -4,6 +4,7 @@
 
 #include "core/linear-inl.h"
 #include "core/linear_bf16-inl.h"
+#include "core/linear_dw-inl.h"
 #include "core/linear_dx-inl.h"
 #include "core/linear_i8-inl.h"
 
@@ -12,16 +13,20 @@ namespace sp {
 extern const KernelTable kernels_portable;
 extern const ProductKernel linear_f64;
 extern const ProductKernel linear_dx_f64;
+extern const WeightGradKernel linear_dw_f64;
 const KernelTable kernels_portable = {
     .name = "portable",
     .linear_f32 = &linear<float>,
     .linear_bf16 = &linear_bf16,
     .linear_i8 = &linear_i8,
     .linear_dx_f32 = &linear_dx<float>,
+    .linear_dx_few_f32 = &linear_dx_few,
+    .linear_dw_f32 = kWeightGrad<float>,
 };
 
 // float64 serves gradient checks, not speed: one version for all machines.
 const ProductKernel linear_f64 = &linear<double>;
 const ProductKernel linear_dx_f64 = &linear_dx<double>;
+const WeightGradKernel linear_dw_f64 = kWeightGrad<double>;
 
 }  // namespace sp

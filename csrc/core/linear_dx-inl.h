@@ -1,13 +1,15 @@
 // bcsr_linear_dx, CPU.   dx[M, K] = dy[M, N] @ W[N, K]
 //
-// W      the values of the forward product [block][C][R]; lists in transposed order: crow_t [KB + 1], and per entry the
-//        block row row_t (uint16/int32) and pos_t, the index of its block in `values`
+// W      the values of the forward product [block][C][R] and either pair of its lists: `linear_dx` takes those of the
+//        forward product (block rows), `linear_dx_few` the transposed ones (crow_t, row_t and pos_t, the index of each
+//        block in `values`)
 // dy, dx row-major and contiguous, float or double
-// Maths  operands and accumulators in the type of dy; four partial sums per input when R = 8
-// Limits any R, C, M >= 0, N, K. Fast for R = 8 and M >= 16; smaller M pays for a full panel
-// Cost   dy is packed K-major ([N][rows]), rows in vector lanes: per block R multiply-adds of whole vectors, each with
-// a
-//        weight broadcast and one load of dy: bound by loads
+// Maths  operands and accumulators in the type of dy; an input's terms are added block row by block row
+// Limits linear_dx: any R, C, M >= 0, N, K; fast where R is a multiple of 4. Lists cannot be shared between threads
+//        (every block row adds to the same inputs), rows can. linear_dx_few: float, R a multiple of 8, meant for M <= 4
+// Cost   linear_dx: dx is kept K-major for up to 32 rows, rows in vector lanes; the dy of a block row stays in
+//        registers, so a block costs R multiply-adds per vector of rows, a load and a store: bound by the
+//        multiply-adds. linear_dx_few: eight outputs in the lanes, bound by the loads of values
 #pragma once
 
 #include "core/simd-inl.h"
@@ -15,129 +17,85 @@
 namespace sp {
 namespace {
 
-template <typename T, typename Row, bool kIndirect>
+template <typename T, typename Col, bool kIndirect>
 struct LinearDx {
   const ProductArgs& args;
-  int64_t m0, m1, l0, l1;
-  T* scratch;
+  int64_t m0, m1;
+  T* panel;  // [K, whole blocks][kWidth]
 
-  // Column `k` of dx for the rows of a panel, kZ vectors of them.
-  template <int kZ, bool kEight>
-  SP_INLINE void column(const T* panel, int64_t k, T* sums) const {
+  // Adds outputs r0 .. r0 + kS - 1 of block row b, whose dy is `tile` [kS][kWidth], to the panel.
+  template <int kS, int kZ, bool k8x1>
+  SP_INLINE void slice(const T* tile, int64_t b, int64_t r0) const {
     constexpr int kL = kLanes<T>, kWidth = kL * kZ;
-    const int64_t r = kEight ? 8 : args.r;
-    const int64_t list = args.c == 1 ? k : k / args.c;
-    const T* values = static_cast<const T*>(args.values) + (k - list * args.c) * r;
-    const Row* row = static_cast<const Row*>(args.other);
-    const int64_t block_size = args.c * r;
-    Vec<T, kL> sum[4][kZ] = {};
-    const int64_t end = args.begin[list + 1];
-    for (int64_t j = args.begin[list]; j < end; ++j) {
-      const T* block = values + (kIndirect ? args.pos[j] : j) * block_size;
-      const T* dy = panel + static_cast<int64_t>(row[j]) * r * kWidth;
-      if (kEight) {
-        SP_UNROLL for (int i = 0; i < 8; ++i) {
-          SP_UNROLL for (int z = 0; z < kZ; ++z) sum[i % 4][z] += load<kL>(dy + i * kWidth + z * kL) * block[i];
+    const int64_t r = k8x1 ? 8 : args.r, c = k8x1 ? 1 : args.c;
+    const T* values = static_cast<const T*>(args.values) + r0;
+    const Col* col = static_cast<const Col*>(args.other);
+    Vec<T, kL> dy[kS][kZ];
+    SP_UNROLL for (int i = 0; i < kS; ++i) {
+      SP_UNROLL for (int z = 0; z < kZ; ++z) dy[i][z] = load<kL>(tile + i * kWidth + z * kL);
+    }
+    const int64_t end = args.begin[b + 1];
+    for (int64_t e = args.begin[b]; e < end; ++e) {
+      const T* block = values + (kIndirect ? args.pos[e] : e) * (r * c);
+      T* to = panel + static_cast<int64_t>(col[e]) * c * kWidth;
+      for (int64_t j = 0; j < c; ++j, block += r, to += kWidth) {
+        // Two chains where one vector alone would wait for the multiply-add.
+        constexpr int kChains = kZ == 1 && kS > 1 ? 2 : 1;
+        Vec<T, kL> sum[kChains][kZ] = {};
+        SP_UNROLL for (int z = 0; z < kZ; ++z) sum[0][z] = load<kL>(to + z * kL);
+        SP_UNROLL for (int i = 0; i < kS; ++i) {
+          const T weight = block[i];
+          SP_UNROLL for (int z = 0; z < kZ; ++z) sum[i % kChains][z] += dy[i][z] * weight;
         }
-      } else {
-        for (int64_t i = 0; i < r; ++i) {
-          SP_UNROLL for (int z = 0; z < kZ; ++z) sum[0][z] += load<kL>(dy + i * kWidth + z * kL) * block[i];
+        SP_UNROLL for (int z = 0; z < kZ; ++z) {
+          if (kChains == 2) sum[0][z] += sum[kChains - 1][z];
+          store<kL>(to + z * kL, sum[0][z]);
         }
       }
     }
-    SP_UNROLL for (int z = 0; z < kZ; ++z) {
-      store<kL>(sums + z * kL, (sum[0][z] + sum[1][z]) + (sum[2][z] + sum[3][z]));
-    }
   }
 
-  template <int kZ, bool kEight>
-  void panel_rows(const T* dy, int64_t rows, T* dx) const {
+  template <int kZ, bool k8x1>
+  void panel_rows(int64_t row, int64_t rows) const {
     constexpr int kWidth = kLanes<T> * kZ;
-    const int64_t padded = (args.in + args.r - 1) / args.r * args.r;
-    pack_panel<kWidth>(dy, args.in, rows, args.in, padded, scratch);
+    const int64_t r = k8x1 ? 8 : args.r;
+    const int64_t padded = (args.out + args.c - 1) / args.c * args.c;
+    memset(static_cast<void*>(panel), 0, static_cast<size_t>(padded * kWidth) * sizeof(T));
+    const T* dy = static_cast<const T*>(args.x) + row * args.in;
     alignas(64) T tile[8 * kWidth];
-    const int64_t last = l1 * args.c < args.out ? l1 * args.c : args.out;
-    for (int64_t k = l0 * args.c; k < last; k += 8) {
-      const int64_t group = last - k < 8 ? last - k : 8;
-      for (int64_t q = 0; q < group; ++q) column<kZ, kEight>(scratch, k + q, tile + q * kWidth);
-      store_tile<kWidth>(tile, rows, group, dx + k, args.out);
+    for (int64_t b = 0; b < args.lists; ++b) {
+      if (args.begin[b] == args.begin[b + 1]) continue;
+      for (int64_t r0 = 0; r0 < r; r0 += 8) {
+        const int64_t height = r - r0 < 8 ? r - r0 : 8;
+        const int64_t n = b * r + r0;
+        const int64_t live = args.in - n < height ? (args.in > n ? args.in - n : 0) : height;
+        pack_panel<kWidth>(dy + n, args.in, rows, live, height, tile);
+        int64_t q = 0;
+        for (; q + SP_SLICE <= height; q += SP_SLICE) slice<SP_SLICE, kZ, k8x1>(tile + q * kWidth, b, r0 + q);
+        if constexpr (!k8x1) {
+          for (; q + 4 <= height; q += 4) slice<4, kZ, k8x1>(tile + q * kWidth, b, r0 + q);
+          for (; q < height; ++q) slice<1, kZ, k8x1>(tile + q * kWidth, b, r0 + q);
+        }
+      }
+    }
+    T* dx = static_cast<T*>(args.y) + row * args.out;
+    for (int64_t k = 0; k < args.out; k += 8) {
+      const int64_t width = args.out - k < 8 ? args.out - k : 8;
+      store_tile<kWidth>(panel + k * kWidth, rows, width, dx + k, args.out);
     }
   }
 
-  // kM rows of dx, R = 8, N % 8 == 0, float: eight products in the lanes, summed over the lanes for eight columns at
-  // once.
-  template <int kM>
-  void few_rows(const T* dy, T* dx) const {
-    constexpr int kSets = 4 / kM;  // up to four chains of additions hide the multiply-add's latency
-    const T* values = static_cast<const T*>(args.values);
-    const Row* row = static_cast<const Row*>(args.other);
-    const int64_t last = l1 * args.c < args.out ? l1 * args.c : args.out;
-    alignas(64) T lanes[kM][64];
-    for (int64_t k = l0 * args.c; k < last; k += 8) {
-      const int64_t group = last - k < 8 ? last - k : 8;
-      for (int64_t q = 0; q < group; ++q) {
-        const int64_t list = args.c == 1 ? k + q : (k + q) / args.c;
-        const T* column = values + (k + q - list * args.c) * 8;
-        Vec<T, 8> sum[kSets][kM] = {};
-        const auto add = [&](int64_t j, Vec<T, 8>* chain) SP_ALWAYS_INLINE {
-          const Vec<T, 8> weight = load<8>(column + (kIndirect ? args.pos[j] : j) * args.c * 8);
-          const T* from = dy + static_cast<int64_t>(row[j]) * 8;
-          SP_UNROLL for (int i = 0; i < kM; ++i) chain[i] += load<8>(from + i * args.in) * weight;
-        };
-        int64_t j = args.begin[list];
-        const int64_t end = args.begin[list + 1];
-        for (; j + kSets <= end; j += kSets) {
-          SP_UNROLL for (int set = 0; set < kSets; ++set) add(j + set, sum[set]);
-        }
-        for (; j < end; ++j) add(j, sum[0]);
-        SP_UNROLL for (int i = 0; i < kM; ++i) {
-          SP_UNROLL for (int set = 1; set < kSets; ++set) sum[0][i] += sum[set][i];
-          store<8>(lanes[i] + q * 8, sum[0][i]);
-        }
-      }
-      for (int i = 0; i < kM; ++i) {
-        const T* from[8];
-        Vec<T, 8> column[8];
-        for (int q = 0; q < 8; ++q) from[q] = lanes[i] + (q < group ? q : 0) * 8;
-        transpose8x8(from, column);
-        Vec<T, 8> total = column[0];
-        for (int q = 1; q < 8; ++q) total += column[q];
-        store_first<8>(dx + i * args.out + k, total, group);
-      }
-    }
-  }
-
-  template <bool kEight>
+  template <bool k8x1>
   void rows() const {
     constexpr int kL = kLanes<T>;
     for (int64_t m = m0; m < m1;) {
-      const T* dy = static_cast<const T*>(args.x) + m * args.in;
-      T* dx = static_cast<T*>(args.y) + m * args.out;
       const int64_t left = m1 - m;
-      if constexpr (kEight && sizeof(T) == 4) {
-        if (left <= (kL < 8 ? kL : 8) && args.in % 8 == 0) {
-          switch (left) {
-            case 1:
-              few_rows<1>(dy, dx), m += 1;
-              break;
-            case 2:
-              few_rows<2>(dy, dx), m += 2;
-              break;
-            case 3:
-              few_rows<3>(dy, dx), m += 3;
-              break;
-            default:
-              few_rows<4>(dy, dx), m += 4;
-          }
-          continue;
-        }
-      }
       if (left > kL) {
         const int64_t taken = left < 2 * kL ? left : 2 * kL;
-        panel_rows<2, kEight>(dy, taken, dx);
+        panel_rows<2, k8x1>(m, taken);
         m += taken;
       } else {
-        panel_rows<1, kEight>(dy, left, dx);
+        panel_rows<1, k8x1>(m, left);
         m += left;
       }
     }
@@ -147,13 +105,13 @@ struct LinearDx {
 template <typename T>
 struct LinearDxOfType {
   const ProductArgs& args;
-  int64_t m0, m1, l0, l1;
+  int64_t m0, m1;
   T* scratch;
 
-  template <typename Row, bool kIndirect>
+  template <typename Col, bool kIndirect>
   void run() const {
-    const LinearDx<T, Row, kIndirect> product{args, m0, m1, l0, l1, scratch};
-    if (args.r == 8) {
+    const LinearDx<T, Col, kIndirect> product{args, m0, m1, scratch};
+    if (args.r == 8 && args.c == 1) {
       product.template rows<true>();
     } else {
       product.template rows<false>();
@@ -161,9 +119,104 @@ struct LinearDxOfType {
   }
 };
 
+// All block rows whatever the range of lists: see the limits above.
 template <typename T>
-void linear_dx(const ProductArgs& args, int64_t m0, int64_t m1, int64_t l0, int64_t l1, void* scratch) {
-  with_index_types(args, LinearDxOfType<T>{args, m0, m1, l0, l1, static_cast<T*>(scratch)});
+void linear_dx(const ProductArgs& args, int64_t m0, int64_t m1, int64_t, int64_t, void* scratch) {
+  with_index_types(args, LinearDxOfType<T>{args, m0, m1, static_cast<T*>(scratch)});
+}
+
+// A few rows of dx, R % 8 == 0: eight products in the lanes, summed over the lanes for eight inputs at once.
+template <typename Row, bool kIndirect>
+struct LinearDxFew {
+  const ProductArgs& args;
+  int64_t l0, l1;
+
+  template <int kM>
+  void rows(const float* dy, int64_t stride, float* dx) const {
+    constexpr int kSets = 4 / kM;  // up to four chains of additions hide the multiply-add's latency
+    const Row* row = static_cast<const Row*>(args.other);
+    const int64_t last = l1 * args.c < args.out ? l1 * args.c : args.out;
+    alignas(64) float lanes[kM][64];
+    for (int64_t k = l0 * args.c; k < last; k += 8) {
+      const int64_t group = last - k < 8 ? last - k : 8;
+      for (int64_t q = 0; q < group; ++q) {
+        const int64_t list = args.c == 1 ? k + q : (k + q) / args.c;
+        const float* column = static_cast<const float*>(args.values) + (k + q - list * args.c) * args.r;
+        Vec<float, 8> sum[kSets][kM] = {};
+        const auto add = [&](int64_t j, Vec<float, 8>* chain) SP_ALWAYS_INLINE {
+          const float* block = column + (kIndirect ? args.pos[j] : j) * args.c * args.r;
+          const float* from = dy + static_cast<int64_t>(row[j]) * args.r;
+          int64_t i = 0;
+          do {
+            const Vec<float, 8> weight = load<8>(block + i);
+            SP_UNROLL for (int m = 0; m < kM; ++m) chain[m] += load<8>(from + m * stride + i) * weight;
+            i += 8;
+          } while (i < args.r);
+        };
+        int64_t j = args.begin[list];
+        const int64_t end = args.begin[list + 1];
+        for (; j + kSets <= end; j += kSets) {
+          SP_UNROLL for (int set = 0; set < kSets; ++set) add(j + set, sum[set]);
+        }
+        for (; j < end; ++j) add(j, sum[0]);
+        SP_UNROLL for (int m = 0; m < kM; ++m) {
+          SP_UNROLL for (int set = 1; set < kSets; ++set) sum[0][m] += sum[set][m];
+          store<8>(lanes[m] + q * 8, sum[0][m]);
+        }
+      }
+      for (int m = 0; m < kM; ++m) {
+        const float* from[8];
+        Vec<float, 8> column[8];
+        for (int q = 0; q < 8; ++q) from[q] = lanes[m] + (q < group ? q : 0) * 8;
+        transpose8x8(from, column);
+        Vec<float, 8> total = column[0];
+        for (int q = 1; q < 8; ++q) total += column[q];
+        store_first<8>(dx + m * args.out + k, total, group);
+      }
+    }
+  }
+};
+
+struct LinearDxFewOfType {
+  const ProductArgs& args;
+  int64_t m0, m1, l0, l1;
+  float* scratch;
+
+  template <typename Row, bool kIndirect>
+  void run() const {
+    const LinearDxFew<Row, kIndirect> product{args, l0, l1};
+    const int64_t padded = (args.in + args.r - 1) / args.r * args.r;
+    for (int64_t m = m0; m < m1;) {
+      const int64_t taken = m1 - m < 4 ? m1 - m : 4;
+      const float* dy = static_cast<const float*>(args.x) + m * args.in;
+      float* dx = static_cast<float*>(args.y) + m * args.out;
+      if (padded != args.in) {  // blocks stick out of the weight: whole vectors of dy must exist
+        for (int64_t i = 0; i < taken; ++i) {
+          memcpy(scratch + i * padded, dy + i * args.in, static_cast<size_t>(args.in) * sizeof(float));
+          memset(scratch + i * padded + args.in, 0, static_cast<size_t>(padded - args.in) * sizeof(float));
+        }
+        dy = scratch;
+      }
+      switch (taken) {
+        case 1:
+          product.template rows<1>(dy, padded, dx);
+          break;
+        case 2:
+          product.template rows<2>(dy, padded, dx);
+          break;
+        case 3:
+          product.template rows<3>(dy, padded, dx);
+          break;
+        default:
+          product.template rows<4>(dy, padded, dx);
+      }
+      m += taken;
+    }
+  }
+};
+
+inline void linear_dx_few(const ProductArgs& args, int64_t m0, int64_t m1, int64_t l0, int64_t l1, void* scratch) {
+  with_index_types(args, LinearDxFewOfType{args, m0, m1, l0, l1, static_cast<float*>(scratch)});
 }
 
 }  // namespace

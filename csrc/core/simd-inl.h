@@ -188,8 +188,8 @@ SP_INLINE void store_tile(const T* tile, int64_t rows, int64_t height, T* y, int
 }
 
 // Calls body.template run<Col, kIndirect>() with the types of the index lists.
-template <typename Body>
-SP_INLINE void with_index_types(const ProductArgs& args, const Body& body) {
+template <typename Args, typename Body>
+SP_INLINE void with_index_types(const Args& args, const Body& body) {
   if (args.narrow) {
     if (args.pos != nullptr) {
       body.template run<uint16_t, true>();

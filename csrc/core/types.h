@@ -44,6 +44,36 @@ struct ProductArgs {
 // `scratch_bytes(args)` bytes, private to the call.
 using ProductKernel = void (*)(const ProductArgs& args, int64_t m0, int64_t m1, int64_t l0, int64_t l1, void* scratch);
 
+// Arguments of the gradient with respect to the weight, dw = dy.T @ x on kept blocks; lists of the forward product.
+struct WeightGradArgs {
+  const void* dy;  // [M, N], row-major, contiguous
+  const void* x;   // [M, K], row-major, contiguous
+  const int32_t* begin;
+  const void* other;   // block columns: uint16 if narrow, else int32
+  const int32_t* pos;  // per entry the index of its block in dw, if not dense; null: entry e owns block e
+  void* dw;            // dense: [N, K], every cell written; else [blocks, C, R], the blocks of the lists written
+  int64_t m, n, k, r, c;
+  bool narrow;
+  bool dense;
+};
+
+// Rows of the batch summed before the lanes are: a chunk of dy of one block row fits the first cache.
+constexpr int64_t kGradRows = 512;
+
+// A column of a chunk is turned into whole vectors; columns are never a power of two apart, where they would share
+// cache sets.
+constexpr int64_t turned_length(int64_t rows) { return (rows + 15) / 16 * 16; }
+constexpr int64_t turned_stride(int64_t rows) { return turned_length(rows) + 16; }
+
+// `turn` writes columns [k0, k1) of x, rows [m0, m1), each turned_stride(m1 - m0) long, into `columns` [K]; `product`
+// then sets dw for block rows [l0, l1), or adds to it where m0 > 0. `scratch` holds 8 such columns, private to the
+// call.
+struct WeightGradKernel {
+  void (*turn)(const WeightGradArgs& args, int64_t m0, int64_t m1, int64_t k0, int64_t k1, void* columns);
+  void (*product)(const WeightGradArgs& args, int64_t m0, int64_t m1, int64_t l0, int64_t l1, const void* columns,
+                  void* scratch);
+};
+
 // The kernels of one instruction set, by dtype of the weight; null: there is none, the caller takes another backend.
 struct KernelTable {
   const char* name;
@@ -51,6 +81,8 @@ struct KernelTable {
   ProductKernel linear_bf16;
   ProductKernel linear_i8;  // x and y float: rows of x are quantised on the way
   ProductKernel linear_dx_f32;
+  ProductKernel linear_dx_few_f32;
+  WeightGradKernel linear_dw_f32;
 };
 
 // Rows of x packed together at most; the scratch of a kernel holds one such panel, K-major.

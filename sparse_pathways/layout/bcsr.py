@@ -13,6 +13,20 @@ import torch
 from torch import Tensor
 
 from sparse_pathways.checks import Block, check_block, check_mask, grid
+from sparse_pathways.mask import pack_bits, unpack_bits
+
+LISTS = "sparse_pathways::bcsr_lists"
+UPDATE = "sparse_pathways::bcsr_update"
+NAMES = ("bits", "crow", "col", "crow_t", "row_t", "pos_t")  # of the lists, in the order of the operators
+
+torch.library.define(
+    LISTS, "(Tensor mask) -> (Tensor bits, Tensor crow, Tensor col, Tensor crow_t, Tensor row_t, Tensor pos_t)"
+)
+torch.library.define(
+    UPDATE,
+    "(Tensor mask, Tensor bits, Tensor crow, Tensor col, Tensor crow_t, Tensor row_t, Tensor pos_t) -> "
+    "(Tensor bits_, Tensor crow_, Tensor col_, Tensor crow_t_, Tensor row_t_, Tensor pos_t_)",
+)
 
 
 def id_dtype(count: int) -> torch.dtype:
@@ -42,6 +56,17 @@ def transpose(crow: Tensor, col: Tensor, columns: int) -> tuple[Tensor, Tensor, 
     return crow_t, rows[pos_t].to(id_dtype(crow.numel() - 1)), pos_t.to(torch.int32)
 
 
+def reference_lists(mask: Tensor) -> tuple[Tensor, ...]:
+    """(bits, crow, col, crow_t, row_t, pos_t) of a bool mask, in plain PyTorch on any device."""
+    crow, col = compress(mask)
+    return (pack_bits(mask.flatten()), crow, col, *transpose(crow, col, mask.shape[1]))
+
+
+# CUDA tensors, and the CPU without its compiled library; csrc/torch/lists_cpu.cpp serves the CPU otherwise.
+torch.library.register_kernel(LISTS, None, reference_lists)
+torch.library.register_kernel(UPDATE, None, lambda mask, *before: reference_lists(mask))
+
+
 @dataclass(eq=False)
 class BlockLayout:
     """Index lists of one block mask; built by `BlockLayout.from_mask`.
@@ -49,6 +74,7 @@ class BlockLayout:
     Attributes:
         shape: (N, K) of the weight.
         block: (R, C).
+        bits: uint8 `[ceil(NB * KB / 8)]`, the mask in row order, lowest bit first.
         crow: int32 `[NB + 1]`, start of each block row.
         col: uint16 (int32 where KB > 65536) `[nnz]`, block column of each kept block, ascending within a block row.
         crow_t: int32 `[KB + 1]`, start of each block column in the transposed order.
@@ -58,6 +84,7 @@ class BlockLayout:
 
     shape: tuple[int, int]
     block: Block
+    bits: Tensor
     crow: Tensor
     col: Tensor
     crow_t: Tensor
@@ -78,8 +105,7 @@ class BlockLayout:
         """
         block, shape = check_block(block), (int(shape[0]), int(shape[1]))
         check_mask(mask, block, shape)
-        crow, col = compress(mask)
-        return cls(shape, block, crow, col, *transpose(crow, col, mask.shape[1]))
+        return cls(shape, block, *torch.ops.sparse_pathways.bcsr_lists.default(mask.contiguous()))
 
     def __reduce__(self):  # type: ignore[no-untyped-def]
         # torch cannot pickle uint16 storages; the mask says it all.
@@ -98,15 +124,23 @@ class BlockLayout:
 
     def to_mask(self) -> Tensor:
         """The bool block mask `[NB, KB]` again."""
-        mask = torch.zeros(grid(self.shape, self.block), dtype=torch.bool, device=self.crow.device)
-        mask[block_rows(self.crow, self.num_blocks), self.col.long()] = True
-        return mask
+        blocks, columns = grid(self.shape, self.block)
+        return unpack_bits(self.bits, blocks * columns).view(blocks, columns)
+
+    def updated(self, mask: Tensor) -> BlockLayout:
+        """The layout of a changed mask: `from_mask`, but lists of unchanged block rows and columns are copied from
+        here, which is the faster the fewer blocks have changed."""
+        check_mask(mask, self.block, self.shape)
+        lists = torch.ops.sparse_pathways.bcsr_update.default(mask.to(self.bits.device).contiguous(), *self._lists())
+        return BlockLayout(self.shape, self.block, *lists)
+
+    def _lists(self) -> tuple[Tensor, ...]:
+        return self.bits, self.crow, self.col, self.crow_t, self.row_t, self.pos_t
 
     def update_(self, mask: Tensor) -> BlockLayout:
         """Re-pack in place for a changed mask; lists of unchanged length keep their memory (captured graphs)."""
-        fresh = self.from_mask(mask.to(self.crow.device), self.block, self.shape)
-        for name in ("crow", "col", "crow_t", "row_t", "pos_t"):
-            old, new = getattr(self, name), getattr(fresh, name)
+        fresh = self.updated(mask)
+        for name, old, new in zip(NAMES, self._lists(), fresh._lists(), strict=True):
             if old.shape == new.shape:
                 old.copy_(new)
             else:
@@ -116,5 +150,4 @@ class BlockLayout:
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
         device = torch.device(device)
-        lists = (self.crow, self.col, self.crow_t, self.row_t, self.pos_t)
-        return BlockLayout(self.shape, self.block, *(t.to(device) for t in lists))
+        return BlockLayout(self.shape, self.block, *(one.to(device) for one in self._lists()))

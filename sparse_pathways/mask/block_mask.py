@@ -1,5 +1,7 @@
 """Block masks as data: bits for storage, elementwise for reference products."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,12 +27,26 @@ def expand_mask(mask: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
 
 def pack_bits(flags: Tensor) -> Tensor:
     """Bool `[..., n]` to uint8 `[..., ceil(n / 8)]`, lowest bit first."""
-    padded = F.pad(flags.to(torch.uint8), (0, -flags.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flags.device)
-    return (padded * weights).sum(-1, dtype=torch.uint8)
+    padded = F.pad(flags, (0, -flags.shape[-1] % 8)) if flags.shape[-1] % 8 else flags.contiguous()
+    words = padded.unflatten(-1, (-1, 8)).view(torch.int64).squeeze(-1)
+    # The product moves bit 0 of byte i to bit 56 + i, and nothing else above bit 55.
+    return (words * 0x0102040810204080 >> 56).to(torch.uint8)
 
 
 def unpack_bits(bits: Tensor, n: int) -> Tensor:
     """Inverse of `pack_bits`: uint8 `[..., ceil(n / 8)]` to bool `[..., n]`."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :n].bool()
+    return (
+        _bytes_as_flags(bits.device)
+        .index_select(0, bits.flatten().int())
+        .view(torch.bool)
+        .view(*bits.shape[:-1], 8 * bits.shape[-1])[..., :n]
+        .contiguous()
+    )
+
+
+@functools.cache
+def _bytes_as_flags(device: torch.device) -> Tensor:
+    """int64 `[256]`: the eight flags of each byte, as the bytes of one number."""
+    with torch.inference_mode(False):
+        numbers = torch.arange(256, device=device)
+        return torch.stack([numbers >> i & 1 for i in range(8)], -1).bool().view(torch.int64).flatten()

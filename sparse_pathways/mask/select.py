@@ -5,6 +5,22 @@ from torch import Tensor
 
 from sparse_pathways.checks import check_matrix, check_sparsity
 
+TOPK = "sparse_pathways::topk_blocks"
+
+torch.library.define(TOPK, "(Tensor scores, int keep) -> Tensor")
+
+
+def reference_topk(scores: Tensor, keep: int) -> Tensor:
+    """True at the `keep` highest of scores `[n]`, the lower index among equals; `0 < keep < n`, no NaN."""
+    threshold = torch.kthvalue(scores, scores.numel() - keep + 1).values
+    above, ties = scores > threshold, scores == threshold
+    # Among the blocks that tie at the threshold, the first ones fill what is left.
+    return above | (ties & (ties.cumsum(0) <= keep - above.sum()))
+
+
+# CUDA tensors, and the CPU without its compiled library; csrc/torch/lists_cpu.cpp serves the CPU otherwise.
+torch.library.register_kernel(TOPK, None, reference_topk)
+
 
 def topk_mask(scores: Tensor, sparsity: float) -> Tensor:
     """Keep the highest-scoring blocks of one layer.
@@ -22,7 +38,7 @@ def topk_mask(scores: Tensor, sparsity: float) -> Tensor:
     """
     check_sparsity(sparsity)
     flat = check_matrix("scores", scores).detach().flatten()
-    if torch.isnan(flat).any():
+    if torch.isnan(flat.sum()) and torch.isnan(flat).any():  # infinities of both signs add up to NaN too
         first = int(torch.isnan(flat).nonzero()[0])
         raise ValueError(
             f"scores[{first // scores.shape[1]}, {first % scores.shape[1]}] is NaN; blocks cannot be ranked"
@@ -30,7 +46,6 @@ def topk_mask(scores: Tensor, sparsity: float) -> Tensor:
     keep = round((1.0 - sparsity) * flat.numel())
     if keep == 0 or keep == flat.numel():
         return torch.full_like(scores, keep > 0, dtype=torch.bool)
-    threshold = torch.kthvalue(flat, flat.numel() - keep + 1).values
-    above, ties = flat > threshold, flat == threshold
-    # Among the blocks that tie at the threshold, the first ones fill what is left.
-    return (above | (ties & (ties.cumsum(0) <= keep - above.sum()))).view_as(scores)
+    if flat.dtype in (torch.float16, torch.bfloat16):
+        flat = flat.float()
+    return torch.ops.sparse_pathways.topk_blocks.default(flat.contiguous(), keep).view_as(scores)

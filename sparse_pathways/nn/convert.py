@@ -14,6 +14,7 @@ from sparse_pathways.checks import Block, check_block, check_names, grid, unknow
 from sparse_pathways.layout import PackedWeight
 from sparse_pathways.nn.linear import PackedLinear, SparseLinear
 from sparse_pathways.ops import explain_product
+from sparse_pathways.ops.masked import takes_dense
 
 Model = TypeVar("Model", bound=nn.Module)
 Layer = SparseLinear | PackedLinear
@@ -242,6 +243,11 @@ def explain(layer: Layer | PackedWeight, rows: int) -> str:
         blocks, columns = grid((layer.out_features, layer.in_features), layer.block)
         if layer.layout().num_blocks == blocks * columns:
             return "dense: nothing is pruned in the active pathway, so F.linear is the fastest product"
+        if takes_dense(layer.weight.device.type, layer.weight.dtype, layer.layout(), rows):
+            return (
+                f"{rows} rows: dense: blocks {layer.block} at density {layer.layout().density:.2f} train faster by "
+                "F.linear with the pruned weights zeroed; pack_ the model to infer"
+            )
         return (
             f"{rows} rows: {explain_product(layer.weight.device.type, layer.weight.dtype, layer.block)}; "
             "for training: values are gathered from the dense weight at every call, pack_ the model to infer"

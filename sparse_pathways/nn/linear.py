@@ -123,12 +123,11 @@ class SparseLinear(nn.Linear):
         # Index lists made under inference_mode could not be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
             mask = mask.to(self.block_mask.device)
-            layout = BlockLayout.from_mask(mask, self.block, (self.out_features, self.in_features))
+            layout = self._layouts[rows[0]].updated(mask)
             if self.block_mask.is_inference():
                 self.block_mask = self.block_mask.clone()
-            bits = pack_bits(mask.flatten())
             for row in rows:
-                self.block_mask[row] = bits
+                self.block_mask[row] = layout.bits
                 self._layouts[row] = layout
             self._remember()
         return self

@@ -1,7 +1,7 @@
 """The only table of which kernel serves a product, and the words for it.
 
 Backends: "portable", "avx2", "avx512", "avx512_dot" (C++, CPU; the last is AVX-512 with VNNI, BF16 and VBMI), "triton"
-(CUDA), "reference" (PyTorch, any device and dtype) and "dense" (`F.linear`, taken in training while nothing is pruned).
+(CUDA), "reference" (PyTorch, any device and dtype) and "dense" (`F.linear`, taken in training where it is faster).
 The environment variable SPARSE_PATHWAYS_BACKEND, read
 at the first product, forces one; a product it cannot serve is an error, not a fallback.
 """
@@ -74,6 +74,12 @@ def force(name: str | None) -> None:
         torch.ops.sparse_pathways.set_isa(level)
         _isa = ISAS[level]
     _forced, _initialised, epoch = name, True, epoch + 1
+
+
+def is_forced() -> bool:
+    """Whether one backend serves every product, by `force` or the environment variable."""
+    initialise()
+    return _forced is not None
 
 
 def initialise() -> None:

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_pathways.checks import unknown_pathway
-from sparse_pathways.layout.bcsr import block_rows, transpose
+from sparse_pathways.layout.bcsr import block_rows
 from sparse_pathways.layout.packed import BlockIndex, PackedWeight
 from sparse_pathways.ops import backends
 from sparse_pathways.ops.prepared import packed_linear, prepare
 
 LINEAR = "sparse_pathways::bcsr_linear"
 LINEAR_DX = "sparse_pathways::bcsr_linear_dx"
+LINEAR_DW = "sparse_pathways::bcsr_linear_dw"
 GATHER = "sparse_pathways::bcsr_gather"
 
 torch.library.define(
@@ -28,7 +29,12 @@ torch.library.define(
     "Tensor? residual=None, int activation=0, bool quantise_x=False) -> Tensor",
 )
 torch.library.define(
-    LINEAR_DX, "(Tensor dy, Tensor values, Tensor crow_t, Tensor row_t, Tensor pos_t, int k) -> Tensor"
+    LINEAR_DX,
+    "(Tensor dy, Tensor values, Tensor crow, Tensor col, Tensor? pos, int k, Tensor? crow_t=None, Tensor? row_t=None, "
+    "Tensor? pos_t=None) -> Tensor",
+)
+torch.library.define(
+    LINEAR_DW, "(Tensor dy, Tensor x, Tensor crow, Tensor col, Tensor? pos, int r, int c, int blocks) -> Tensor"
 )
 torch.library.define(GATHER, "(Tensor weight, Tensor crow, Tensor col, int r, int c) -> Tensor")
 torch.library.define("sparse_pathways::set_isa", "(int level) -> int")
@@ -92,11 +98,32 @@ def reference_linear(
     return y if residual is None else y + residual
 
 
-def _reference_dx(dy: Tensor, values: Tensor, crow_t: Tensor, row_t: Tensor, pos_t: Tensor, k: int) -> Tensor:
-    blocks = -(-dy.shape[1] // values.shape[2])
-    cols = block_rows(crow_t, row_t.numel())
-    weight = _dense(values[pos_t], row_t.long(), cols, blocks, crow_t.numel() - 1)
+def _reference_dx(
+    dy: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    pos: Tensor | None,
+    k: int,
+    crow_t: Tensor | None = None,
+    row_t: Tensor | None = None,
+    pos_t: Tensor | None = None,
+) -> Tensor:
+    columns = -(-k // values.shape[1])
+    used = values if pos is None else values[pos]
+    weight = _dense(used, block_rows(crow, col.numel()), col.long(), crow.numel() - 1, columns)
     return dy @ weight[: dy.shape[1], :k]
+
+
+def _reference_dw(
+    dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, pos: Tensor | None, r: int, c: int, blocks: int
+) -> Tensor:
+    values = _reference_gather(dy.T @ x, crow, col, r, c)
+    if blocks < 0:
+        columns = -(-x.shape[1] // c)
+        dense = _dense(values, block_rows(crow, col.numel()), col.long(), crow.numel() - 1, columns)
+        return dense[: dy.shape[1], : x.shape[1]].contiguous()
+    return values if pos is None else values.new_zeros(blocks, c, r).index_copy(0, pos.long(), values)
 
 
 def _reference_gather(weight: Tensor, crow: Tensor, col: Tensor, r: int, c: int) -> Tensor:
@@ -108,6 +135,7 @@ def _reference_gather(weight: Tensor, crow: Tensor, col: Tensor, r: int, c: int)
 
 torch.library.register_kernel(LINEAR, None, reference_linear)
 torch.library.register_kernel(LINEAR_DX, None, _reference_dx)
+torch.library.register_kernel(LINEAR_DW, None, _reference_dw)
 torch.library.register_kernel(GATHER, None, _reference_gather)
 
 
@@ -128,8 +156,13 @@ def _fake_linear(x, values, crow, col, pos, bias, n, scale=None, residual=None, 
 
 
 @torch.library.register_fake(LINEAR_DX)
-def _fake_dx(dy, values, crow_t, row_t, pos_t, k):  # type: ignore[no-untyped-def]
+def _fake_dx(dy, values, crow, col, pos, k, crow_t=None, row_t=None, pos_t=None):  # type: ignore[no-untyped-def]
     return dy.new_empty(dy.shape[0], k)
+
+
+@torch.library.register_fake(LINEAR_DW)
+def _fake_dw(dy, x, crow, col, pos, r, c, blocks):  # type: ignore[no-untyped-def]
+    return dy.new_empty(dy.shape[1], x.shape[1]) if blocks < 0 else dy.new_empty(blocks, c, r)
 
 
 @torch.library.register_fake(GATHER)
@@ -158,13 +191,9 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     dy = dy.contiguous()
     dx = dvalues = None
     if ctx.needs_input_grad[0]:
-        crow_t, row_t, pos_t = transpose(crow, col, -(-x.shape[1] // values.shape[1]))
-        into_values = pos_t if pos is None else pos[pos_t]
-        dx = linear_dx(dy, values, crow_t, row_t, into_values, x.shape[1])
+        dx = linear_dx(dy, values, crow, col, pos, x.shape[1])
     if ctx.needs_input_grad[1]:
-        dvalues = _reference_gather(dy.T @ x, crow, col, values.shape[2], values.shape[1])
-        if pos is not None:
-            dvalues = torch.zeros_like(values).index_copy(0, pos.long(), dvalues)
+        dvalues = linear_dw(dy, x, crow, col, pos, values.shape[2], values.shape[1], values.shape[0])
     return dx, dvalues, None, None, None, dy.sum(0) if ctx.has_bias else None, *[None] * 5
 
 
@@ -173,6 +202,9 @@ torch.library.register_autograd(LINEAR, _backward, setup_context=_save)
 
 # --- kernel or reference ------------------------------------------------------------------------------------------
 _bcsr_linear = torch.ops.sparse_pathways.bcsr_linear.default
+
+
+GRADIENT_DTYPES = (torch.float32, torch.float64)  # of the CPU kernels of gradients
 
 
 def _use_reference(values: Tensor) -> bool:
@@ -188,11 +220,29 @@ def linear(
     return _bcsr_linear(x, values, crow, col, pos, bias, n)
 
 
-def linear_dx(dy: Tensor, values: Tensor, crow_t: Tensor, row_t: Tensor, pos_t: Tensor, k: int) -> Tensor:
-    """The transposed product by the selected backend: `dy [M, N]` contiguous -> `[M, k]`."""
-    if _use_reference(values) or values.is_cuda or values.dtype not in (torch.float32, torch.float64):
-        return _reference_dx(dy, values, crow_t, row_t, pos_t, k)
-    return torch.ops.sparse_pathways.bcsr_linear_dx.default(dy, values, crow_t, row_t, pos_t, k)
+def linear_dx(
+    dy: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    pos: Tensor | None,
+    k: int,
+    transposed: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`dy [M, N] @ W` by the selected backend, `[M, k]`. `transposed`: the lists (crow_t, row_t, pos_t), which serve a
+    few rows faster."""
+    if _use_reference(values) or values.dtype not in GRADIENT_DTYPES or values.is_cuda:
+        return _reference_dx(dy, values, crow, col, pos, k)
+    return torch.ops.sparse_pathways.bcsr_linear_dx.default(dy, values, crow, col, pos, k, *(transposed or ()))
+
+
+def linear_dw(
+    dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, pos: Tensor | None, r: int, c: int, blocks: int = -1
+) -> Tensor:
+    """`dy.T @ x` on the kept blocks by the selected backend: `[blocks, c, r]`, or `[N, K]` where `blocks` is -1."""
+    if backends.select(x.device.type, x.dtype, (r, c)) == "reference" or x.dtype not in GRADIENT_DTYPES or x.is_cuda:
+        return _reference_dw(dy, x, crow, col, pos, r, c, blocks)
+    return torch.ops.sparse_pathways.bcsr_linear_dw.default(dy, x, crow, col, pos, r, c, blocks)
 
 
 def gather(weight: Tensor, crow: Tensor, col: Tensor, r: int, c: int) -> Tensor:

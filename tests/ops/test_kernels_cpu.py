@@ -149,10 +149,13 @@ def test_linear_dx(isa, m, block, shape, rng):
     pool, pos = shuffled(problem.values, rng)
     dy = torch.randn(m, shape[0], generator=rng)
     for ids_dtype in ID_TYPES:
-        for values, where in ((problem.values, problem.pos_t), (pool, pos[problem.pos_t.long()])):
-            soil(m, shape[1])
-            dx = OPS.bcsr_linear_dx(dy, values, problem.crow_t, problem.row_t.to(ids_dtype), where, shape[1])
-            assert_product(dx, dy, problem.dense.T)
+        col, row_t = problem.col.to(ids_dtype), problem.row_t.to(ids_dtype)
+        for values, where in ((problem.values, None), (pool, pos)):
+            pos_t = problem.pos_t if where is None else where[problem.pos_t.long()]
+            for transposed in ((), (problem.crow_t, row_t, pos_t)):
+                soil(m, shape[1])
+                dx = OPS.bcsr_linear_dx(dy, values, problem.crow, col, where, shape[1], *transposed)
+                assert_product(dx, dy, problem.dense.T)
 
 
 @by_block
@@ -162,7 +165,7 @@ def test_float64(m, block, rng):
     problem = make_problem((n, k), block, rng, dtype=torch.float64)
     x, dy = (torch.randn(m, size, generator=rng, dtype=torch.float64) for size in (k, n))
     y = OPS.bcsr_linear(x, problem.values, problem.crow, problem.col, None, None, n)
-    dx = OPS.bcsr_linear_dx(dy, problem.values, problem.crow_t, problem.row_t, problem.pos_t, k)
+    dx = OPS.bcsr_linear_dx(dy, problem.values, problem.crow, problem.col, None, k)
     assert_product(y, x, problem.dense)
     assert_product(dx, dy, problem.dense.T)
 
@@ -182,11 +185,13 @@ def test_gather_reads_kept_blocks_only(dtype, block, shape, ids_dtype, rng):
 @pytest.mark.parametrize("m", [0, 1, 4, 40], ids="M{}".format)
 def test_nothing_kept_gives_the_bias(isa, m, rng):
     crow, col, values = torch.zeros(6, dtype=torch.int32), torch.empty(0, dtype=torch.uint16), torch.empty(0, 1, 8)
-    bias, pos = torch.randn(37, generator=rng), torch.empty(0, dtype=torch.int32)
+    bias = torch.randn(37, generator=rng)
     x, dy = torch.randn(m, 24, generator=rng), torch.randn(m, 37, generator=rng)
     assert torch.equal(OPS.bcsr_linear(x, values, crow, col, None, bias, 37), bias.expand(m, 37))
     assert not OPS.bcsr_linear(x, values, crow, col, None, None, 37).any()
-    assert not OPS.bcsr_linear_dx(dy, values, torch.zeros(25, dtype=torch.int32), col, pos, 24).any()
+    transposed = (torch.zeros(25, dtype=torch.int32), col, torch.empty(0, dtype=torch.int32))
+    assert not OPS.bcsr_linear_dx(dy, values, crow, col, None, 24).any()
+    assert not OPS.bcsr_linear_dx(dy, values, crow, col, None, 24, *transposed).any()
 
 
 @by_block
@@ -198,7 +203,7 @@ def test_a_bad_row_stays_alone(isa, m, block, rng):
     x[1], dy[1] = float("nan"), float("inf")
     good = torch.arange(m) != 1
     y = OPS.bcsr_linear(x, problem.values, problem.crow, problem.col, None, None, n)
-    dx = OPS.bcsr_linear_dx(dy, problem.values, problem.crow_t, problem.row_t, problem.pos_t, k)
+    dx = OPS.bcsr_linear_dx(dy, problem.values, problem.crow, problem.col, None, k)
     assert_product(y[good], x[good], problem.dense)
     assert_product(dx[good], dy[good], problem.dense.T)
     assert y[1, -1].isnan() and not dx[1].isfinite().all()
@@ -228,7 +233,7 @@ def test_threads_do_not_change_a_bit(isa, m, rng):
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         y = OPS.bcsr_linear(x, problem.values, problem.crow, problem.col, None, None, n)
-        dx = OPS.bcsr_linear_dx(dy, problem.values, problem.crow_t, problem.row_t, problem.pos_t, k)
+        dx = OPS.bcsr_linear_dx(dy, problem.values, problem.crow, problem.col, None, k)
         results.append((y, dx))
     assert_product(results[0][0], x, problem.dense)
     assert_product(results[0][1], dy, problem.dense.T)

@@ -5,6 +5,7 @@ from torch.library import opcheck
 
 import sparse_pathways as sp
 from sparse_pathways.ops import backends, library
+from sparse_pathways.ops.linear import quantise_rows
 
 SHAPES = [(0, 16, 8), (1, 96, 64), (2, 37, 29), (5, 40, 31), (17, 96, 64), (40, 130, 70)]  # M, N, K
 BLOCKS = [(8, 1), (16, 1), (4, 4), (16, 16), (3, 5)]
@@ -56,8 +57,11 @@ def test_other_dtypes(dtype, rng):
 
 def test_int8_equals_its_unpacked_weight(rng):
     x, weight, mask, _ = make_problem((5, 40, 31), (8, 1), rng)
-    packed = sp.PackedWeight.pack(weight, mask, dtype=torch.int8)
+    packed = sp.PackedWeight.pack(weight, mask, dtype=torch.int8, quantise_x=False)
     torch.testing.assert_close(sp.sparse_linear(x, packed), x @ packed.unpack().T)
+    packed = sp.PackedWeight.pack(weight, mask, dtype=torch.int8)
+    whole, factor = quantise_rows(x)
+    torch.testing.assert_close(sp.sparse_linear(x, packed), (whole * factor) @ packed.unpack().T)
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 0), (2, 2, 2)], ids=str)
@@ -214,10 +218,15 @@ def test_opcheck(rng):
     ops = torch.ops.sparse_pathways
     opcheck(ops.bcsr_linear.default, (x, values, layout.crow, layout.col, None, bias, 37))
     opcheck(ops.bcsr_linear.default, (x, values, layout.crow, layout.col, layout.pos_t, None, 37))
-    opcheck(ops.bcsr_linear_dx.default, (torch.randn(6, 37, generator=rng), values.detach(), *lists, 29))
+    dy, plain = torch.randn(6, 37, generator=rng), (layout.crow, layout.col)
+    opcheck(ops.bcsr_linear_dx.default, (dy, values.detach(), *plain, None, 29))
+    opcheck(ops.bcsr_linear_dx.default, (dy, values.detach(), *plain, None, 29, *lists))
+    opcheck(ops.bcsr_linear_dw.default, (dy, x.detach(), *plain, None, 8, 1, -1))
+    opcheck(ops.bcsr_linear_dw.default, (dy, x.detach(), *plain, layout.pos_t, 8, 1, layout.num_blocks))
     opcheck(ops.bcsr_gather.default, (weight.detach(), layout.crow, layout.col, 8, 1))
     for dense_grad in (False, True):
         opcheck(ops.masked_linear.default, (x, weight, layout.crow, layout.col, *lists, bias, 8, 1, dense_grad))
+        opcheck(ops.masked_weight.default, (weight, layout.bits, 8, 1, dense_grad))
 
 
 # --- backends -------------------------------------------------------------------------------------------------------
