@@ -29,6 +29,23 @@ test: setup  ## all tests
 test-fast: setup  ## without the slow ones
 	$(BIN)/python -m pytest -m "not slow"
 
+# Each check must also fail on a fault planted for it: a sanitizer that sees nothing proves nothing.
+sanitize: setup  ## kernels under AddressSanitizer and UBSan, the thread pool under ThreadSanitizer
+	$(call sanitized,address-undefined,check_kernels stress_pool)
+	$(call sanitized,thread,stress_pool)
+	build/sanitize/address-undefined/check_kernels
+	build/sanitize/address-undefined/stress_pool 10
+	build/sanitize/thread/stress_pool --no-forks 15
+	for fault in read write overflow; do build/sanitize/address-undefined/check_kernels --broken=$$fault 2>&1 \
+	  | grep -q -e AddressSanitizer -e "runtime error" || { echo "planted fault not found: $$fault"; exit 1; }; done
+	build/sanitize/thread/stress_pool --no-forks --broken 10 2>&1 | grep -q ThreadSanitizer
+	@echo "sanitize: clean, and every planted fault was found"
+
+comma := ,
+sanitized = $(BIN)/cmake -S . -B build/sanitize/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DSP_SANITIZE=$(subst -,$(comma),$(1)) >/dev/null \
+  && $(BIN)/cmake --build build/sanitize/$(1) --target $(2)
+
 bench: setup  ## dense against sparse, side by side
 	$(BIN)/python -m pytest benchmarks -c benchmarks/pytest.ini
 
@@ -49,5 +66,5 @@ wheel: setup  ## build a wheel into dist/
 clean:  ## remove build products and the environment; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info sparse_pathways/*.so
 
-.PHONY: help setup demo test test-fast bench lint format wheel clean
+.PHONY: help setup demo test test-fast sanitize bench lint format wheel clean
 .DEFAULT_GOAL := help

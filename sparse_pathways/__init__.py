@@ -6,6 +6,7 @@ from sparse_pathways.layout import BlockLayout, PackedWeight
 from sparse_pathways.mask import block_scores, expand_mask, topk_mask
 from sparse_pathways.nn import (
     PackedLinear,
+    Recommendation,
     SparseLinear,
     density,
     explain,
@@ -15,6 +16,7 @@ from sparse_pathways.nn import (
     pack_,
     pathway,
     pathways,
+    recommend,
     save_packed,
     set_pathway,
     sparse_layers,
@@ -33,6 +35,7 @@ __all__ = [
     "PruneEvent",
     "Pruner",
     "PruningPlan",
+    "Recommendation",
     "SparseLinear",
     "block_scores",
     "density",
@@ -47,6 +50,7 @@ __all__ = [
     "pack_",
     "pathway",
     "pathways",
+    "recommend",
     "save_packed",
     "set_pathway",
     "sparse_layers",

@@ -9,9 +9,17 @@ namespace sp {
 
 namespace {
 
-// Multiply-adds (M = 1 counts twice: it waits for loads) from which a second thread is worth waking. One thread takes
-// 13 to 22 us for this much on a Zen 4; an idle pool answers in 2 to 3 us, a pool on a busy machine in far more.
-constexpr double kSerialWork = 6e5;
+// Multiply-adds (M = 1 counts twice: it waits for loads) from which a second thread is worth calling. One thread takes
+// 20 to 30 us for this much on a Zen 4, as long as a helper of the pool needs to wake; to call one that does not come
+// costs 2 us.
+constexpr double kSerialWork = 1e6;
+
+// Shares per thread at most: a thread that comes late or is held up leaves the rest to the others.
+constexpr int64_t kFineShares = 4;
+
+// Kept weights per input that make a share's packing of x 5 % of its product. (Zen 4: an element of x costs 7
+// multiply-adds to pack.)
+constexpr double kKeptPerPack = 140;
 
 // Cost of one list besides its blocks (loop start, store, transposition), in blocks.
 constexpr int64_t kListCost = 4;
@@ -64,8 +72,8 @@ struct Split {
   ProductKernel kernel;
   const ProductArgs* args;
   size_t scratch;
-  int64_t row_shares;
-  int64_t list_shares;
+  int64_t row_shares = 1;
+  int64_t list_shares = 1;
   std::atomic<bool> failed{false};
 };
 
@@ -125,14 +133,20 @@ bool run_product(ProductKernel kernel, const ProductArgs& args, size_t element_b
   split.kernel = kernel;
   split.args = &args;
   split.scratch = scratch_bytes(args, element_bytes);
-  // Whole panels divide evenly: share rows, each panel is then packed once. Otherwise share lists, by blocks.
-  split.row_shares = panels % threads == 0 ? threads : (panels >= 4 * threads ? threads : 1);
-  split.list_shares = threads / split.row_shares;
   if (threads == 1) {
     run_share(&split, 0);
-  } else {
-    executor.run(split.row_shares * split.list_shares, run_share, &split);
+    return !split.failed;
   }
+  if (panels % threads == 0 || panels >= kFineShares * threads) {
+    // Whole panels divide evenly: share rows, each panel is then packed once.
+    split.row_shares = std::min(panels, kFineShares * threads);
+  } else {
+    // Share lists, by blocks. A share of more than one row packs x anew.
+    const double kept = work / static_cast<double>(args.m * args.in);
+    const auto most = args.m == 1 ? kFineShares * threads : static_cast<int64_t>(kept / kKeptPerPack);
+    split.list_shares = std::clamp(most, threads, kFineShares * threads);
+  }
+  executor.run(static_cast<int>(threads), split.row_shares * split.list_shares, run_share, &split);
   return !split.failed;
 }
 

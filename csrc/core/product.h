@@ -5,10 +5,10 @@
 
 namespace sp {
 
-// Runs task(context, t) for every t in [0, tasks), in any order and on any thread, and returns when all are done.
+// Runs task(context, s) for every s in [0, shares), in any order and on any thread, and returns when all are done.
 struct Executor {
-  int threads;  // how many tasks may run at once
-  void (*run)(int64_t tasks, void (*task)(void* context, int64_t index), void* context);
+  int threads;  // how many shares may run at once
+  void (*run)(int threads, int64_t shares, void (*task)(void* context, int64_t share), void* context);
 };
 
 // Runs `kernel` on the whole product. Returns false if scratch memory could not be had (y is then undefined).

@@ -1,16 +1,11 @@
-// Runs a product on torch's threads.
+// Runs a product on as many threads as torch is told to use (torch.set_num_threads), of our own pool.
 #pragma once
 
+#include "core/pool.h"
 #include "core/product.h"
 #include "torch/check.h"
 
 namespace sp {
-
-inline void run_parallel(int64_t tasks, void (*task)(void* context, int64_t index), void* context) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(context, i);
-  });
-}
 
 // Runs `kernel`; `element_bytes` of its accumulators.
 inline void run(const ProductArgs& args, ProductKernel kernel, size_t element_bytes) {

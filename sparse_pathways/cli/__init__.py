@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "transcribe": "print what is said in audio files, while they stream",
     "bench": "time every packed layer against the fastest dense one",
     "evaluate": "compare recognisers: word error rates, latency, sizes",
+    "env": "print what this machine is and what the package found on it",
     "report": "draw an HTML report of a run folder, or update a README table",
 }
 

@@ -15,9 +15,11 @@ from sparse_pathways.nn.convert import (
 )
 from sparse_pathways.nn.file import load_packed, save_packed
 from sparse_pathways.nn.linear import PackedLinear, SparseLinear
+from sparse_pathways.nn.recommend import Recommendation, recommend
 
 __all__ = [
     "PackedLinear",
+    "Recommendation",
     "SparseLinear",
     "density",
     "explain",
@@ -27,6 +29,7 @@ __all__ = [
     "pack_",
     "pathway",
     "pathways",
+    "recommend",
     "save_packed",
     "set_pathway",
     "sparse_layers",
