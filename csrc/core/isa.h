@@ -21,5 +21,6 @@ int set_isa(int level);
 const KernelTable& kernels();
 extern const ProductKernel linear_f64;
 extern const ProductKernel linear_dx_f64;
+extern const LstmGatesKernel lstm_gates_f64;
 
 }  // namespace sp

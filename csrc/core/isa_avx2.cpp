@@ -4,6 +4,7 @@
 
 #include "core/linear-inl.h"
 #include "core/linear_dx-inl.h"
+#include "core/lstm-inl.h"
 
 namespace sp {
 
@@ -14,6 +15,11 @@ const KernelTable kernels_avx2 = {
     .linear_bf16 = nullptr,
     .linear_i8 = nullptr,
     .linear_dx_f32 = &linear_dx<float>,
+    .lstm_f32 = &lstm_step<float, float>,
+    .lstm_bf16 = &lstm_step<Bf16, Bf16>,
+    .lstm_i8 = &lstm_step<float, int8_t>,
+    .lstm_gates_f32 = &lstm_gates<float, float>,
+    .lstm_gates_bf16 = &lstm_gates<Bf16, float>,
 };
 
 }  // namespace sp

@@ -4,22 +4,30 @@
 
 #include "core/linear-inl.h"
 #include "core/linear_dx-inl.h"
+#include "core/lstm-inl.h"
 
 namespace sp {
 
 extern const KernelTable kernels_portable;
 extern const ProductKernel linear_f64;
 extern const ProductKernel linear_dx_f64;
+extern const LstmGatesKernel lstm_gates_f64;
 const KernelTable kernels_portable = {
     .name = "portable",
     .linear_f32 = &linear<float>,
     .linear_bf16 = nullptr,
     .linear_i8 = nullptr,
     .linear_dx_f32 = &linear_dx<float>,
+    .lstm_f32 = &lstm_step<float, float>,
+    .lstm_bf16 = &lstm_step<Bf16, Bf16>,
+    .lstm_i8 = &lstm_step<float, int8_t>,
+    .lstm_gates_f32 = &lstm_gates<float, float>,
+    .lstm_gates_bf16 = &lstm_gates<Bf16, float>,
 };
 
 // float64 serves gradient checks, not speed: one version for all machines.
 const ProductKernel linear_f64 = &linear<double>;
 const ProductKernel linear_dx_f64 = &linear_dx<double>;
+const LstmGatesKernel lstm_gates_f64 = &lstm_gates<double, double>;
 
 }  // namespace sp

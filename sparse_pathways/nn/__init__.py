@@ -15,9 +15,14 @@ from sparse_pathways.nn.convert import (
 )
 from sparse_pathways.nn.file import load_packed, save_packed
 from sparse_pathways.nn.linear import PackedLinear, SparseLinear
+from sparse_pathways.nn.lstm import SparseLSTM
+from sparse_pathways.nn.lstm_packed import PackedLayerNormLSTM, PackedLSTM
 
 __all__ = [
+    "PackedLSTM",
+    "PackedLayerNormLSTM",
     "PackedLinear",
+    "SparseLSTM",
     "SparseLinear",
     "density",
     "explain",

@@ -74,6 +74,11 @@ def force(name: str | None) -> None:
     _forced, _initialised = name, True
 
 
+def forced_name() -> str | None:
+    """The backend that `force` or the environment variable chose; None: the automatic choice."""
+    return _forced
+
+
 def initialise() -> None:
     """Take the environment variable into account; called before the first product."""
     if not _initialised:
