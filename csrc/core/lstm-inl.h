@@ -53,12 +53,23 @@ struct GateRows {
         for (int64_t k = first; k < last; ++k) chain += load_wide<8>(from + (k - first) * r()) * x[k];
       }
     };
-    int64_t e = crow[b];
-    const int64_t end = crow[b + 1];
+    const int64_t begin = crow[b], end = crow[b + 1];
+    int64_t e = begin;
     for (; e + 4 <= end; e += 4) {
       SP_UNROLL for (int q = 0; q < 4; ++q) add(e + q, sum[q]);
     }
-    for (; e < end; ++e) add(e, sum[e & 3]);
+    if constexpr (!k8x1) {
+      for (; e < end; ++e) add(e, sum[e & 3]);
+      return;
+    }
+    if (begin == end) return;
+    // The last up to three without a branch: their number is random, and a missed guess costs more than three blocks.
+    SP_UNROLL for (int q = 0; q < 3; ++q) {
+      Vec<float, 8> more = sum[q];
+      add(e + q < end ? e + q : end - 1, more);
+      const Vec<int32_t, 8> live = static_cast<int32_t>(-(e + q < end)) - Vec<int32_t, 8>{};
+      sum[q] = live ? more : sum[q];
+    }
   }
 
   // Outputs n .. n + 7 for the rows of a panel [K][kWidth], one accumulator each; two sets of them at kWidth = 4.
@@ -98,12 +109,38 @@ SP_INLINE void finish_units(const Vec<Acc, kN>* gate, const Y* c, Y* c_next, Y* 
   store_narrow<kN>(h_next, vsigmoid<Acc, kN>(gate[3]) * vtanh<Acc, kN>(cell));
 }
 
+// Calls body.template run<kN>(i) for i over 0 .. count in the widest vectors that fit.
+template <int kWidest, typename Body>
+SP_INLINE void for_lanes(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + kWidest <= count; i += kWidest) body.template run<kWidest>(i);
+  for (; i < count; ++i) body.template run<1>(i);
+}
+
+// The new cell, and the new output where no normalisation comes between them. Gates of type G, `stride` apart.
+template <typename Y, typename Acc, typename G>
+struct Units {
+  const G* gates;
+  int64_t stride;
+  const Y* c;
+  Y* c_next;
+  Y* h_next;
+
+  template <int kN>
+  SP_INLINE void run(int64_t i) const {
+    Vec<Acc, kN> gate[4];
+    SP_UNROLL for (int g = 0; g < 4; ++g) gate[g] = load_wide<kN>(gates + g * stride + i);
+    finish_units<kN, Y, Acc>(gate, c + i, c_next + i, h_next + i);
+  }
+};
+
 template <typename Y, typename W>
 struct StepKernel {
   const LstmStep& step;
   const LstmArgs& args;
   int64_t u0, u1;
   float* scratch;
+  float* gates;
 
   // Rows of the step as floats: they are floats, or are made so.
   const float* floats(const void* rows, int64_t count, float* room) const {
@@ -127,6 +164,7 @@ struct StepKernel {
     } else {
       few_rows<8>(ih, hh);
     }
+    finish();
   }
 
   // What is added to the sums of outputs n .. n + 7 of row `row` besides the products.
@@ -141,41 +179,51 @@ struct StepKernel {
     return sum;
   }
 
-  SP_INLINE void finish(int64_t row, int64_t u, const Vec<float, 8>* gate) const {
+  // Where this share keeps the gates of a row until all its units are there: activations run fastest in wide vectors.
+  SP_INLINE float* local(int64_t row) const { return gates + row * 32 * (u1 - u0); }
+
+  SP_INLINE void keep(int64_t row, int64_t u, int64_t g, Vec<float, 8> gate) const {
     if (step.sums != nullptr) {
-      Y* sums = static_cast<Y*>(step.sums) + row * 4 * args.hidden + 8 * u;
-      SP_UNROLL for (int g = 0; g < 4; ++g) store_narrow<8>(sums + g * args.hidden, gate[g]);
-      return;
+      store_narrow<8>(static_cast<Y*>(step.sums) + (row * 4 + g) * args.hidden + 8 * u, gate);
+    } else {
+      store<8>(local(row) + 8 * (g * (u1 - u0) + u - u0), gate);
     }
-    const int64_t at = row * args.hidden + 8 * u;
-    finish_units<8, Y, float>(gate, static_cast<const Y*>(step.c) + at, static_cast<Y*>(step.c_next) + at,
-                              static_cast<Y*>(step.h_next) + at);
+  }
+
+  void finish() const {
+    if (step.sums != nullptr) return;
+    for (int64_t row = 0; row < args.rows; ++row) {
+      const int64_t at = row * args.hidden + 8 * u0;
+      for_lanes<kLanes<float>>(
+          8 * (u1 - u0), Units<Y, float, float>{local(row), 8 * (u1 - u0), static_cast<const Y*>(step.c) + at,
+                                                static_cast<Y*>(step.c_next) + at, static_cast<Y*>(step.h_next) + at});
+    }
   }
 
   template <typename Rows>
   SP_INLINE void one_row(const Rows& ih, const Rows& hh, const float* x, const float* h) const {
-    for (int64_t u = u0; u < u1; ++u) {
-      Vec<float, 8> gate[4];
-      for (int g = 0; g < 4; ++g) {
+    for (int64_t g = 0; g < 4; ++g) {
+      for (int64_t u = u0; u < u1; ++u) {
         const int64_t n = g * args.hidden + 8 * u;
-        Vec<float, 8> sum[4] = {};
+        Vec<float, 8> sum[4] = {start(0, n)};
         if (x != nullptr) {
-          ih.add_row(x, n, sum);
           if constexpr (sizeof(W) == 1) {  // the two weights have scales of their own
-            sum[0] = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * load<8>(ih.scale + n);
-            gate[g] = sum[0] + start(0, n);
-            SP_UNROLL for (int q = 0; q < 4; ++q) sum[q] = Vec<float, 8>{};
+            Vec<float, 8> part[4] = {};
+            ih.add_row(x, n, part);
+            sum[0] += ((part[0] + part[1]) + (part[2] + part[3])) * load<8>(ih.scale + n);
+          } else {
+            ih.add_row(x, n, sum);
           }
         }
-        hh.add_row(h, n, sum);
-        sum[0] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
         if constexpr (sizeof(W) == 1) {
-          gate[g] = sum[0] * load<8>(hh.scale + n) + (x != nullptr ? gate[g] : start(0, n));
+          Vec<float, 8> part[4] = {};
+          hh.add_row(h, n, part);
+          sum[0] += ((part[0] + part[1]) + (part[2] + part[3])) * load<8>(hh.scale + n);
         } else {
-          gate[g] = sum[0] + start(0, n);
+          hh.add_row(h, n, sum);
         }
+        keep(0, u, g, (sum[0] + sum[1]) + (sum[2] + sum[3]));
       }
-      finish(0, u, gate);
     }
   }
 
@@ -184,16 +232,15 @@ struct StepKernel {
     constexpr int kSets = kWidth == 4 ? 2 : 1;
     const float* x_panel = step.x == nullptr ? nullptr : panel<kWidth>(ih, step.x, scratch);
     const float* h_panel = panel<kWidth>(hh, step.h, scratch + (ih.in + ih.c()) * 2 * kWidth);
-    for (int64_t u = u0; u < u1; ++u) {
-      Vec<float, 8> gate[kWidth][4];
-      for (int g = 0; g < 4; ++g) {
+    for (int64_t g = 0; g < 4; ++g) {
+      for (int64_t u = u0; u < u1; ++u) {
         const int64_t n = g * args.hidden + 8 * u;
-        Vec<float, 8> sum[kSets][kWidth] = {};
+        Vec<float, 8> sum[kSets][kWidth] = {}, part[kWidth] = {};
         if (x_panel != nullptr) {
           ih.template add_panel<kWidth, kSets>(x_panel, n, sum);
           if constexpr (sizeof(W) == 1) {
             SP_UNROLL for (int i = 0; i < kWidth; ++i) {
-              gate[i][g] = join<kSets, kWidth>(sum, i) * load<8>(ih.scale + n);
+              part[i] = join<kSets, kWidth>(sum, i) * load<8>(ih.scale + n);
               SP_UNROLL for (int q = 0; q < kSets; ++q) sum[q][i] = Vec<float, 8>{};
             }
           }
@@ -203,14 +250,10 @@ struct StepKernel {
           Vec<float, 8> total = join<kSets, kWidth>(sum, i);
           if constexpr (sizeof(W) == 1) {
             total *= load<8>(hh.scale + n);
-            if (x_panel != nullptr) total += gate[i][g];
+            if (x_panel != nullptr) total += part[i];
           }
-          gate[i][g] = total;
+          if (i < args.rows) keep(i, u, g, total + start(i, n));
         }
-      }
-      for (int64_t i = 0; i < args.rows; ++i) {
-        SP_UNROLL for (int g = 0; g < 4; ++g) gate[i][g] += start(i, g * args.hidden + 8 * u);
-        finish(i, u, gate[i]);
       }
     }
   }
@@ -234,25 +277,20 @@ struct StepKernel {
 template <typename Y, typename W>
 void lstm_step(const LstmStep& step, int64_t u0, int64_t u1, void* scratch) {
   const LstmArgs& args = *step.lstm;
-  const StepKernel<Y, W> kernel{step, args, u0, u1, static_cast<float*>(scratch)};
+  float* room = static_cast<float*>(scratch);
+  const StepKernel<Y, W> kernel{step, args, u0, u1, room + args.rows * 32 * (u1 - u0), room};
   const bool indirect = args.ih.pos != nullptr || args.hh.pos != nullptr;
   const bool tuned = args.ih.r == 8 && args.ih.c == 1 && args.hh.r == 8 && args.hh.c == 1;
-  if (tuned) {
-    indirect ? kernel.template run<true, true>() : kernel.template run<false, true>();
+  if (!tuned) {
+    kernel.template run<true, false>();  // finds out about pos at every block: one version less to compile
+  } else if (indirect) {
+    kernel.template run<true, true>();
   } else {
-    indirect ? kernel.template run<true, false>() : kernel.template run<false, false>();
+    kernel.template run<false, true>();
   }
 }
 
 // --- from the gates on ---------------------------------------------------------------------------------------------
-// Calls body.template run<kN>(i) for i over 0 .. count in the widest vectors that fit.
-template <int kWidest, typename Body>
-SP_INLINE void for_lanes(int64_t count, const Body& body) {
-  int64_t i = 0;
-  for (; i + kWidest <= count; i += kWidest) body.template run<kWidest>(i);
-  for (; i < count; ++i) body.template run<1>(i);
-}
-
 template <typename Acc, int kN>
 SP_INLINE Acc total(Vec<Acc, kN> v) {
   Acc sum = 0;
@@ -310,23 +348,6 @@ void layer_norm(Y* row, int64_t count, const void* weight, const void* bias, flo
       count, Rescale<Y, Acc>{row, static_cast<const Y*>(weight), static_cast<const Y*>(bias), mean, 1 / root});
 }
 
-// The new cell, and the new output where no normalisation comes between them.
-template <typename Y, typename Acc>
-struct Units {
-  const Y* gates;
-  int64_t hidden;
-  const Y* c;
-  Y* c_next;
-  Y* h_next;
-
-  template <int kN>
-  SP_INLINE void run(int64_t i) const {
-    Vec<Acc, kN> gate[4];
-    SP_UNROLL for (int g = 0; g < 4; ++g) gate[g] = load_wide<kN>(gates + g * hidden + i);
-    finish_units<kN, Y, Acc>(gate, c + i, c_next + i, h_next + i);
-  }
-};
-
 template <typename Y, typename Acc>
 struct Output {
   const Y* gate;
@@ -349,7 +370,7 @@ void lstm_gates(const LstmStep& step, int64_t m0, int64_t m1) {
     Y* h_next = static_cast<Y*>(step.h_next) + m * hidden;
     if (args.g_weight != nullptr) layer_norm<Y, Acc>(sums, 4 * hidden, args.g_weight, args.g_bias, args.g_eps);
     for_lanes<kLanes<Acc>>(hidden,
-                           Units<Y, Acc>{sums, hidden, static_cast<const Y*>(step.c) + m * hidden, c_next, h_next});
+                           Units<Y, Acc, Y>{sums, hidden, static_cast<const Y*>(step.c) + m * hidden, c_next, h_next});
     if (args.g_weight != nullptr) {
       layer_norm<Y, Acc>(c_next, hidden, args.c_weight, args.c_bias, args.c_eps);
       for_lanes<kLanes<Acc>>(hidden, Output<Y, Acc>{sums + 3 * hidden, c_next, h_next});

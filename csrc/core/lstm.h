@@ -50,9 +50,10 @@ struct LstmKernels {
 
 constexpr int64_t kFusedRows = 8;
 
+// The gates of a share, and its x and h packed and as floats.
 inline size_t lstm_scratch_bytes(const LstmArgs& args) {
   const int64_t padded = args.ih.in + args.ih.c + args.hh.in + args.hh.c;
-  return static_cast<size_t>(padded) * 2 * kFusedRows * sizeof(float);
+  return static_cast<size_t>(4 * args.hidden + 2 * padded) * kFusedRows * sizeof(float);
 }
 
 enum class Outcome { kDone, kNoKernel, kNoMemory };

@@ -94,8 +94,8 @@ std::tuple<Tensor, Tensor, Tensor> bcsr_lstm_cpu(
   STD_TORCH_CHECK(x.numel() == args.steps * args.rows * in, "the rows of x are no multiple of those of h");
   const int64_t rows_of_x = x.dim() == 1 ? 1 : x.size(x.dim() - 2);
   STD_TORCH_CHECK(rows_of_x == args.rows || (x.dim() == 2 && args.rows == 1), "x and h differ in rows");
-  STD_TORCH_CHECK(c.numel() == h.numel() && c.dim() == h.dim() && c.size(c.dim() - 1) == args.hidden,
-                  "h and c differ in shape");
+  STD_TORCH_CHECK(c.dim() == h.dim(), "h and c differ in shape");
+  for (int64_t i = 0; i < h.dim(); ++i) STD_TORCH_CHECK(c.size(i) == h.size(i), "h and c differ in shape");
   const int64_t gates = 4 * args.hidden;
   args.ih = weight(values_ih, crow_ih, col_ih, pos_ih, scale_ih, bias_ih, in, gates, type);
   args.hh = weight(values_hh, crow_hh, col_hh, pos_hh, scale_hh, bias_hh, args.hidden, gates, type);

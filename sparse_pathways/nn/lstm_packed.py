@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from sparse_pathways.nn.linear import PackedLinear
-from sparse_pathways.ops import backends
 from sparse_pathways.ops.linear import autocast_dtype
-from sparse_pathways.ops.lstm import Norm, Weight, kernel_name, prepare, run, sparse_lstm
+from sparse_pathways.ops.lstm import Norm, Prepared, Weight, kernel_name, run, sparse_lstm
 
 State = tuple[Tensor, Tensor]
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -37,39 +36,9 @@ def configuration(lstm: nn.Module) -> dict[str, Any]:
     return {name: getattr(lstm, name) for name in names}
 
 
-class _Direction:
-    """Runs one layer in one direction; the operator's arguments are kept until something in them is replaced."""
-
-    def __init__(self) -> None:
-        self._key: tuple[Any, ...] = ()
-        self._tensors: tuple[Tensor | None, ...] = ()
-        self._prepared: tuple[Any, ...] | None = None
-
-    def __reduce__(self) -> tuple[type[_Direction], tuple[()]]:
-        return _Direction, ()  # a copy prepares its own
-
-    def __call__(
-        self,
-        x: Tensor,
-        h: Tensor,
-        c: Tensor,
-        ih: PackedLinear,
-        hh: PackedLinear,
-        norm: Norm | None = None,
-        reverse: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        first = Weight(ih.packed, ih._buffers["bias"], ih.active)
-        second = Weight(hh.packed, hh._buffers["bias"], hh.active)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast_dtype(x.device.type) is not None:
-            return sparse_lstm(x, h, c, first, second, norm, reverse)
-        tensors = (first.bias, second.bias) if norm is None else (first.bias, second.bias, *norm[:4])
-        key = (*map(id, tensors), first.packed, ih.active, second.packed, hh.active, backends.forced_name())
-        if key != self._key:
-            self._prepared = prepare(first, second, norm, reverse)
-            self._key, self._tensors = key, tensors  # the tensors too: an id is only good while its object lives
-        if self._prepared is None:
-            return sparse_lstm(x, h, c, first, second, norm, reverse)
-        return run(x, h, c, self._prepared)
+def _weights(ih: PackedLinear, hh: PackedLinear) -> tuple[Weight, Weight]:
+    # Attributes of modules that are no plain ones take long to find.
+    return Weight(ih.packed, ih._buffers["bias"], ih.active), Weight(hh.packed, hh._buffers["bias"], hh.active)
 
 
 def _words(ih: PackedLinear, hh: PackedLinear, rows: int) -> str:
@@ -109,7 +78,7 @@ class PackedLSTM(nn.Module):
         for pair in self._names:
             for name in pair:
                 setattr(self, name, layers[name])
-        self._directions = tuple(_Direction() for _ in self._names)
+        self._prepared = tuple(Prepared() for _ in self._names)
 
     def explain(self, rows: int) -> str:
         """One sentence: what serves `rows` rows."""
@@ -125,6 +94,8 @@ class PackedLSTM(nn.Module):
         Raises:
             TypeError, ValueError: input or hx do not fit.
         """
+        if hx is not None and len(self._names) == 1 and not self.batch_first and (fast := self._fast(input, *hx)):
+            return fast
         if isinstance(input, PackedSequence):
             raise TypeError("input is a PackedSequence, which a packed LSTM does not take; pass the padded batch")
         if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
@@ -141,11 +112,19 @@ class PackedLSTM(nn.Module):
         if h.shape != shape or c.shape != shape:
             raise ValueError(f"hx has shapes {tuple(h.shape)} and {tuple(c.shape)}; want {shape} for both")
         self._check_dtypes(input, h, c)
-        if len(self._names) == 1:
-            y, h, c = self._directions[0](x, h, c, *self._pair(0))
-        else:
-            y, h, c = self._stack(x, h, c)
+        y, h, c = self._stack(x, h, c)
         return (y.transpose(0, 1) if turned else y), (h, c)
+
+    def _fast(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, State] | None:
+        """One layer, one direction, weights as in the last call: checked by the operator; None: go the long way."""
+        arguments = self._prepared[0].find(*_weights(*self._pair(0)))
+        if arguments is None or x.dim() != 3 or x.size(2) != self.input_size or h.dim() != 3 or h.size(0) != 1:
+            return None
+        try:
+            y, h, c = run(x, h, c, arguments)
+        except RuntimeError:
+            return None  # something does not fit: the long way has the words
+        return y, (h, c)
 
     def _check_dtypes(self, x: Tensor, h: Tensor, c: Tensor) -> None:
         packed = self._pair(0)[0].packed
@@ -162,8 +141,13 @@ class PackedLSTM(nn.Module):
         for layer in range(self.num_layers):
             outputs = []
             for number in range(layer * directions, (layer + 1) * directions):
-                run_one, reverse = self._directions[number], number % directions == 1
-                y, *state = run_one(x, h[number], c[number], *self._pair(number), reverse=reverse)
+                weights, prepared = _weights(*self._pair(number)), self._prepared[number]
+                reverse = number % directions == 1
+                if (arguments := prepared.find(*weights)) is not None:
+                    y, *state = run(x, h[number], c[number], arguments)
+                else:
+                    y, *state = sparse_lstm(x, h[number], c[number], *weights, reverse=reverse)
+                    prepared.keep(*weights, reverse=reverse)
                 outputs.append(y)
                 states.append(state)
             x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
@@ -183,7 +167,7 @@ class PackedLayerNormLSTM(nn.Module):
 
     hidden_dim: int
     _dense_class: type[nn.Module]
-    _direction: _Direction
+    _prepared: Prepared
 
     @staticmethod
     def serves(module: nn.Module) -> bool:
@@ -202,13 +186,13 @@ class PackedLayerNormLSTM(nn.Module):
     def fuse(cls, module: nn.Module) -> PackedLayerNormLSTM:
         """The fused form of a module that `serves` accepts; it takes over the children."""
         fused = as_class(module, cls)
-        fused._dense_class, fused._direction = type(module), _Direction()
+        fused._dense_class, fused._prepared = type(module), Prepared()
         return fused
 
     def unfuse(self) -> nn.Module:
         """The module again that `fuse` was given."""
         module = as_class(self, self._dense_class)
-        del module._dense_class, module._direction
+        del module._dense_class, module._prepared
         return module
 
     def explain(self, rows: int) -> str:
@@ -221,20 +205,34 @@ class PackedLayerNormLSTM(nn.Module):
         Raises:
             TypeError, ValueError: input or state do not fit.
         """
-        shape = (input.shape[1], self.hidden_dim)
-        if state is None:
-            state = [input.new_zeros(shape), input.new_zeros(shape)]
-        h, c = state
         modules = self._modules
         x2g, g_norm, c_norm = modules["x2g"], modules["g_norm"], modules["c_norm"]
-        if input.dim() != 3 or input.shape[2] != x2g.in_features or h.shape != shape or c.shape != shape:  # type: ignore[union-attr]
-            raise ValueError(
-                f"input has shape {tuple(input.shape)}, the state {tuple(h.shape)} and {tuple(c.shape)}; "
-                f"want [T, B, {x2g.in_features}] and [B, {self.hidden_dim}]"  # type: ignore[union-attr]
-            )
         norm = None
         if isinstance(g_norm, nn.LayerNorm):
             g, k = g_norm._parameters, c_norm._parameters  # type: ignore[union-attr]
             norm = Norm(g["weight"], g["bias"], k["weight"], k["bias"], g_norm.eps, c_norm.eps)  # type: ignore[arg-type, union-attr]
-        y, h, c = self._direction(input, h, c, x2g, modules["p2g"], norm)  # type: ignore[arg-type]
+        weights = _weights(x2g, modules["p2g"])  # type: ignore[arg-type]
+        if state is not None and input.dim() == 3 and input.size(2) == weights[0].packed.shape[1]:
+            h, c = state
+            arguments = self._prepared.find(*weights, norm)
+            if arguments is not None and h.dim() == 2 and h.size(0) == input.size(1):
+                try:
+                    y, h, c = run(input, h, c, arguments)
+                    return y, [h, c]
+                except RuntimeError:
+                    pass  # something does not fit: the checks below find the words
+        return self._checked(input, state, weights, norm)
+
+    def _checked(
+        self, input: Tensor, state: list[Tensor] | None, weights: tuple[Weight, Weight], norm: Norm | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        inputs, shape = weights[0].packed.shape[1], (*input.shape[1:-1], self.hidden_dim)
+        h, c = state or (input.new_zeros(shape), input.new_zeros(shape))
+        if input.dim() != 3 or input.shape[2] != inputs or h.shape != shape or c.shape != shape:
+            raise ValueError(
+                f"input has shape {tuple(input.shape)}, the state {tuple(h.shape)} and {tuple(c.shape)}; "
+                f"want [T, B, {inputs}] and [B, {self.hidden_dim}]"
+            )
+        y, h, c = sparse_lstm(input, h, c, *weights, norm)
+        self._prepared.keep(*weights, norm)
         return y, [h, c]

@@ -118,6 +118,7 @@ def _fake(x, h, c, *rest, **named):  # type: ignore[no-untyped-def]
 
 
 _bcsr_lstm = torch.ops.sparse_pathways.bcsr_lstm.default
+_bcsr_lstm_bare = _bcsr_lstm._op  # without the overload's own Python frame, which torch.compile needs
 
 
 def kernel_name(ih: PackedWeight, hh: PackedWeight) -> str:
@@ -142,16 +143,48 @@ def prepare(ih: Weight, hh: Weight, norm: Norm | None = None, reverse: bool = Fa
     for packed, bias, pathway in (ih, hh):
         index = packed.index(pathway)  # type: ignore[arg-type]
         arguments += [packed.values, *index, packed.scale, None if bias is None else bias.contiguous()]
-    arguments += norm if norm is not None else (None, None, None, None, 0.0, 0.0)
-    return (*arguments, reverse)
+    if norm is not None or reverse:  # every argument takes time, defaults too
+        arguments += (*(norm or (None, None, None, None, 0.0, 0.0)), reverse)
+    return tuple(arguments)
 
 
 def run(x: Tensor, h: Tensor, c: Tensor, prepared: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator, past the autograd layer: for calls that need no gradient."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return _bcsr_lstm(x.contiguous(), h.contiguous(), c.contiguous(), *prepared)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _bcsr_lstm(x.contiguous(), h.contiguous(), c.contiguous(), *prepared)
+    """The operator, for calls that need no gradient: it has none, and ends in PyTorch's own refusal."""
+    op = _bcsr_lstm if torch.compiler.is_compiling() else _bcsr_lstm_bare
+    return op(x.contiguous(), h.contiguous(), c.contiguous(), *prepared)
+
+
+class Prepared:
+    """The operator's arguments of one layer and direction, kept until one of the parts they are made of is another.
+
+    Checking shapes and looking up index lists in Python takes longer than the fastest kernels: a call that finds its
+    arguments here makes neither, and leaves the checks of shapes to the operator.
+    """
+
+    __slots__ = ("_arguments", "_ids", "_parts")
+
+    def __init__(self) -> None:
+        self._ids: tuple[int, ...] = ()
+        self._parts: tuple[Any, ...] = ()
+        self._arguments: tuple[Any, ...] | None = None
+
+    def __reduce__(self) -> tuple[type[Prepared], tuple[()]]:
+        return Prepared, ()  # a copy has parts of its own
+
+    def find(self, ih: Weight, hh: Weight, norm: Norm | None = None) -> tuple[Any, ...] | None:
+        """The arguments that `keep` got for these very objects, if a call may use them as it is; else None."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+            return None
+        ids = tuple(map(id, (*ih, *hh, backends.forced_name(), *(norm or ()))))
+        return self._arguments if ids == self._ids else None
+
+    def keep(self, ih: Weight, hh: Weight, norm: Norm | None = None, reverse: bool = False) -> None:
+        """Prepare for the next call, after one that was checked."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return
+        parts = (*ih, *hh, backends.forced_name(), *(norm or ()))
+        self._arguments = prepare(ih, hh, norm, reverse)
+        self._parts, self._ids = parts, tuple(map(id, parts))  # an id is good only while its object lives
 
 
 def compose(
@@ -239,6 +272,14 @@ def sparse_lstm_cell(
         BackendUnavailable: a forced backend cannot serve this.
     """
     h, c = state
+    ih, hh = Weight(w_ih, b_ih, pathway), Weight(w_hh, b_hh, pathway)
+    prepared = getattr(w_hh, "_lstm_prepared", None)
+    if prepared is not None and x.dim() == 2 and x.size(0) == len(h) and x.size(1) == w_ih.shape[1]:
+        if (arguments := prepared.find(ih, hh)) is not None:
+            try:
+                return run(x, h, c, arguments)[1:]  # type: ignore[return-value]
+            except RuntimeError:
+                pass  # something does not fit: the checks below find the words
     for name, weight in (("w_ih", w_ih), ("w_hh", w_hh)):
         if not isinstance(weight, PackedWeight):
             raise TypeError(f"{name} is a {type(weight).__name__}; want a PackedWeight")
@@ -250,5 +291,8 @@ def sparse_lstm_cell(
             raise ValueError(
                 f"{name} is {bias.dtype} {tuple(bias.shape)}; want {w_ih.x_dtype} of shape ({w_ih.shape[0]},)"
             )
-    _, h, c = sparse_lstm(x, h, c, Weight(w_ih, b_ih, pathway), Weight(w_hh, b_hh, pathway))
+    _, h, c = sparse_lstm(x, h, c, ih, hh)
+    if not torch.compiler.is_compiling():
+        w_hh._lstm_prepared = Prepared()  # type: ignore[attr-defined]
+        w_hh._lstm_prepared.keep(ih, hh)  # type: ignore[attr-defined]
     return h, c

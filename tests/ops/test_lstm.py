@@ -279,12 +279,36 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD, ids=range(len(BAD)))
-def test_bad_arguments_are_named(change, error, message, rng):
+@pytest.mark.parametrize("again", [False, True], ids=["first", "again"])
+def test_bad_arguments_are_named(change, error, message, again, rng):
     _, _, _, w_ih, w_hh, *_ = make_problem(rng)
-    arguments = dict(x=torch.zeros(2, 13), h=torch.zeros(2, 24), c=torch.zeros(2, 24), w_ih=w_ih, w_hh=w_hh) | change
-    x, h, c = (arguments.pop(name) for name in ("x", "h", "c"))
-    with pytest.raises(error, match=message):
-        sp.sparse_lstm_cell(x, (h, c), **arguments)
+    good = dict(x=torch.zeros(2, 13), h=torch.zeros(2, 24), c=torch.zeros(2, 24), w_ih=w_ih, w_hh=w_hh)
+
+    def call(x, h, c, **rest):
+        return sp.sparse_lstm_cell(x, (h, c), **rest)
+
+    with torch.inference_mode():
+        if again:  # the short way of a second call words its errors no worse
+            call(**good)
+        with pytest.raises(error, match=message):
+            call(**good | change)
+
+
+def test_a_later_call_sees_other_weights_pathways_and_backends(rng):
+    first, second = (make_problem(rng, 2, pathways=("en", "fr")) for _ in range(2))
+    x, h, c, w_ih, w_hh, b_ih, b_hh, dense_ih, dense_hh = first
+    other_ih, other_bias, other_dense = second[3], second[5], second[7]
+    with torch.no_grad():
+        for forced in (None, "reference", None):
+            with backends.forced(forced):
+                for weights, name, bias, dense in (
+                    (w_ih, "en", b_ih, dense_ih), (w_ih, "fr", b_ih, dense_ih), (w_ih, "fr", other_bias, dense_ih),
+                    (other_ih, "fr", b_ih, other_dense), (w_ih, "en", b_ih, dense_ih),
+                ):  # fmt: skip
+                    exact, bounds = oracle(x, h, c, dense[name], dense_hh[name], bias, b_hh)
+                    for _ in range(2):
+                        results = sp.sparse_lstm_cell(x[0], (h, c), weights, w_hh, bias, b_hh, pathway=name)
+                        assert_within(results, exact[1:], bounds[1:])
 
 
 def test_the_operator_refuses_what_does_not_fit(rng):
