@@ -5,9 +5,12 @@ from sparse_pathways.environment import env
 from sparse_pathways.layout import BlockLayout, PackedWeight
 from sparse_pathways.mask import block_scores, expand_mask, topk_mask
 from sparse_pathways.nn import (
+    PackedLayerNormLSTM,
     PackedLinear,
+    PackedLSTM,
     Recommendation,
     SparseLinear,
+    SparseLSTM,
     density,
     explain,
     load_packed,
@@ -23,19 +26,22 @@ from sparse_pathways.nn import (
     sparsify_,
     unpack_,
 )
-from sparse_pathways.ops import masked_linear, sparse_linear
+from sparse_pathways.ops import masked_linear, sparse_linear, sparse_lstm_cell
 from sparse_pathways.prune import PruneEvent, Pruner, PruningPlan, methods
 
 __all__ = [
     "BackendUnavailable",
     "BlockLayout",
     "FormatError",
+    "PackedLSTM",
+    "PackedLayerNormLSTM",
     "PackedLinear",
     "PackedWeight",
     "PruneEvent",
     "Pruner",
     "PruningPlan",
     "Recommendation",
+    "SparseLSTM",
     "SparseLinear",
     "block_scores",
     "density",
@@ -55,6 +61,7 @@ __all__ = [
     "set_pathway",
     "sparse_layers",
     "sparse_linear",
+    "sparse_lstm_cell",
     "sparsify_",
     "topk_mask",
     "unpack_",

@@ -22,5 +22,6 @@ const KernelTable& kernels();
 extern const ProductKernel linear_f64;
 extern const ProductKernel linear_dx_f64;
 extern const WeightGradKernel linear_dw_f64;
+extern const LstmGatesKernel lstm_gates_f64;
 
 }  // namespace sp

@@ -7,6 +7,7 @@
 #include "core/linear_dw-inl.h"
 #include "core/linear_dx-inl.h"
 #include "core/linear_i8-inl.h"
+#include "core/lstm-inl.h"
 
 namespace sp {
 
@@ -14,6 +15,7 @@ extern const KernelTable kernels_portable;
 extern const ProductKernel linear_f64;
 extern const ProductKernel linear_dx_f64;
 extern const WeightGradKernel linear_dw_f64;
+extern const LstmGatesKernel lstm_gates_f64;
 const KernelTable kernels_portable = {
     .name = "portable",
     .linear_f32 = &linear<float>,
@@ -22,11 +24,17 @@ const KernelTable kernels_portable = {
     .linear_dx_f32 = &linear_dx<float>,
     .linear_dx_few_f32 = &linear_dx_few,
     .linear_dw_f32 = kWeightGrad<float>,
+    .lstm_f32 = &lstm_step<float, float>,
+    .lstm_bf16 = &lstm_step<Bf16, Bf16>,
+    .lstm_i8 = &lstm_step<float, int8_t>,
+    .lstm_gates_f32 = &lstm_gates<float, float>,
+    .lstm_gates_bf16 = &lstm_gates<Bf16, float>,
 };
 
 // float64 serves gradient checks, not speed: one version for all machines.
 const ProductKernel linear_f64 = &linear<double>;
 const ProductKernel linear_dx_f64 = &linear_dx<double>;
 const WeightGradKernel linear_dw_f64 = kWeightGrad<double>;
+const LstmGatesKernel lstm_gates_f64 = &lstm_gates<double, double>;
 
 }  // namespace sp

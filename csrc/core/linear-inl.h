@@ -146,7 +146,7 @@ struct FewRows {
 template <int kM, bool kPacked, typename W>
 void few_rows(const W& w, const FewRows<kPacked, kM <= 4 ? 4 : kM> x, int64_t row, int64_t b0, int64_t b1) {
   constexpr int kSets = kM == 2 ? 4 : (kM <= 6 ? 2 : 1);
-  constexpr int kSpread = kPacked && SP_VECTOR_BYTES >= 32 ? 3 : 0;
+  constexpr int kSpread = kPacked && kM >= 3 && SP_VECTOR_BYTES >= 32 ? 3 : 0;
   for (int64_t b = b0; b < b1; ++b) {
     for (int64_t r0 = 0; r0 < w.r(); r0 += 8) {
       Vec<float, 8> sum[kSets][kM] = {};

@@ -4,6 +4,10 @@
 // double, which serves gradient checks only: the C library lane by lane.
 #pragma once
 
+#if defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
+
 #include "core/simd-inl.h"
 
 namespace sp {
@@ -40,6 +44,10 @@ SP_INLINE Vec<T, kN> vexp(Vec<T, kN> v) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
+#if defined(__AVX512VL__)  // maskz: the plain form warns of an uninitialised value in GCC 12's own header
+    if constexpr (kN == 16) return v != v ? v : (V)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+    if constexpr (kN == 8) return v != v ? v : (V)_mm256_scalef_ps((__m256)p, (__m256)n);
+#endif
     // 2^n in two factors, since n runs from -151 to 130.
     using I = Vec<int32_t, kN>;
     const I whole = __builtin_convertvector(n, I), half = whole >> 1;

@@ -33,7 +33,7 @@
 #elif defined(__AVX__)
 #define SP_KEEP(vector) asm("" : "+x"(vector))
 #else
-#define SP_KEEP(vector)
+#define SP_KEEP(vector) static_cast<void>(0)
 #endif
 
 namespace sp {

@@ -22,9 +22,10 @@ template <typename Task>
 void share(int64_t count, int64_t shares, const Task& task) {
   shares = std::max<int64_t>(1, std::min(count, shares));
   if (shares == 1) return task(0, 0, count);
-  torch::stable::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) task(i, count * i / shares, count * (i + 1) / shares);
-  });
+  const auto run = [&](int64_t i) { task(i, count * i / shares, count * (i + 1) / shares); };
+  run_parallel(
+      static_cast<int>(shares), shares, [](void* all, int64_t i) { (*static_cast<const decltype(run)*>(all))(i); },
+      const_cast<void*>(static_cast<const void*>(&run)));
 }
 
 // Private memory for `shares` threads: `each` elements of `type`, whole cache lines.

@@ -15,11 +15,16 @@ from sparse_pathways.nn.convert import (
 )
 from sparse_pathways.nn.file import load_packed, save_packed
 from sparse_pathways.nn.linear import PackedLinear, SparseLinear
+from sparse_pathways.nn.lstm import SparseLSTM
+from sparse_pathways.nn.lstm_packed import PackedLayerNormLSTM, PackedLSTM
 from sparse_pathways.nn.recommend import Recommendation, recommend
 
 __all__ = [
+    "PackedLSTM",
+    "PackedLayerNormLSTM",
     "PackedLinear",
     "Recommendation",
+    "SparseLSTM",
     "SparseLinear",
     "density",
     "explain",

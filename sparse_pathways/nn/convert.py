@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from sparse_pathways.checks import Block, check_block, check_names, grid, unknown_pathway
 from sparse_pathways.layout import PackedWeight
 from sparse_pathways.nn.linear import PackedLinear, SparseLinear
+from sparse_pathways.nn.lstm import GateLinear, SparseLSTM
+from sparse_pathways.nn.lstm_packed import PackedLayerNormLSTM, PackedLSTM
 from sparse_pathways.ops import explain_product
 from sparse_pathways.ops.masked import takes_dense
 
@@ -58,9 +60,12 @@ def sparse_layers(model: nn.Module) -> dict[str, Layer]:
     return layers
 
 
-def _check_plain(name: str, module: nn.Linear) -> None:
+def _check_plain(name: str, module: nn.Linear | nn.LSTM) -> None:
     """Refuse what a swap would lose."""
-    if "weight" not in module._parameters:
+    if isinstance(module, nn.LSTM) and module.proj_size:
+        raise ValueError(f"layer {name}: proj_size = {module.proj_size} is not supported; leave it out by filter_fn")
+    wanted = module._flat_weights_names if isinstance(module, nn.LSTM) else ["weight"]
+    if not all(key in module._parameters for key in wanted):
         raise ValueError(
             f"layer {name}: its weight is computed (weight_norm, prune, a parametrization); make it a plain Parameter "
             "first, or leave the layer out by filter_fn"
@@ -75,14 +80,14 @@ def sparsify_(
     pathways: Iterable[str] = ("default",),
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> Model:
-    """Swap the linear layers of a model for SparseLinear, in place; parameters stay the same tensors.
+    """Swap the linear layers and LSTMs of a model for sparse ones, in place; parameters stay the same tensors.
 
     Args:
         model: any module. A model that is itself one nn.Linear is returned as a new SparseLinear.
         block: (R, C) of every layer.
         pathways: names; all masks start with every block kept.
-        filter_fn: `filter_fn(module, name) -> bool` chooses among the nn.Linear layers; default all of them. Subclasses
-            of nn.Linear are left alone: their owners (nn.MultiheadAttention) read `.weight` past the forward.
+        filter_fn: `filter_fn(module, name) -> bool` chooses among the nn.Linear and nn.LSTM layers; default all of
+            them. Subclasses are left alone: owners (nn.MultiheadAttention) read `.weight` past the forward.
 
     Returns:
         The model.
@@ -94,16 +99,18 @@ def sparsify_(
     swapped: list[str] = []
 
     def choose(name: str, module: nn.Module) -> nn.Module | None:
-        if type(module) is not nn.Linear or (filter_fn is not None and not filter_fn(module, name)):
+        if type(module) not in (nn.Linear, nn.LSTM) or (filter_fn is not None and not filter_fn(module, name)):
             return None
         swapped.append(name)
-        _check_plain(name, module)
-        return SparseLinear.from_linear(module, block=block, pathways=names)
+        _check_plain(name, module)  # type: ignore[arg-type]
+        if isinstance(module, nn.LSTM):
+            return SparseLSTM.from_lstm(module, block=block, pathways=names)
+        return SparseLinear.from_linear(module, block=block, pathways=names)  # type: ignore[arg-type]
 
     model = _replace(model, choose)  # type: ignore[assignment]
     if not swapped:
         raise ValueError(
-            f"sparsify_ found no nn.Linear to convert in {type(model).__name__}"
+            f"sparsify_ found no nn.Linear or nn.LSTM to convert in {type(model).__name__}"
             + ("; filter_fn accepted none" if filter_fn is not None else "")
             + ("; it is sparse already" if any(isinstance(m, Layer) for m in model.modules()) else "")
         )
@@ -145,19 +152,24 @@ def pathway(model: nn.Module, name: str) -> Iterator[None]:
 
 
 def pack_(model: Model, dtype: torch.dtype | None = None, quantise_x: bool = True) -> Model:
-    """Turn every SparseLinear into a PackedLinear, in place: from here on only kept blocks exist.
+    """Turn every sparse layer into its packed form, in place: from here on only kept blocks exist.
+
+    torchaudio's `_CustomLSTM` becomes a PackedLayerNormLSTM if both of its linear layers are sparse.
 
     Args:
         model: with sparse layers.
         dtype: of the packed values; default each weight's.
-        quantise_x: int8 only: products round each row of their input to int8, too (fastest); False: it stays float32.
+        quantise_x: int8 only: products round each row of their input to int8, too (fastest); False: it stays float32,
+            as it always does in LSTM steps.
 
     Raises:
         ValueError: no SparseLinear in the model.
     """
 
     def choose(name: str, module: nn.Module) -> nn.Module | None:
-        if not isinstance(module, SparseLinear):
+        if isinstance(module, SparseLSTM):
+            return module.pack(dtype)
+        if not isinstance(module, SparseLinear) or isinstance(module, GateLinear):
             return None
         return PackedLinear(module.pack(dtype, quantise_x=quantise_x), module.bias, module.active).train(
             module.training
@@ -165,7 +177,14 @@ def pack_(model: Model, dtype: torch.dtype | None = None, quantise_x: bool = Tru
 
     if not any(isinstance(layer, SparseLinear) for layer in sparse_layers(model).values()):
         raise ValueError("model is packed already")
-    return _replace(model, choose)  # type: ignore[return-value]
+    return fuse_(_replace(model, choose))  # type: ignore[return-value]
+
+
+def fuse_(model: nn.Module) -> nn.Module:
+    """Give every LSTM whose parts are packed the fused forward."""
+    return _replace(
+        model, lambda name, module: PackedLayerNormLSTM.fuse(module) if PackedLayerNormLSTM.serves(module) else None
+    )
 
 
 def pack(model: Model, dtype: torch.dtype | None = None, quantise_x: bool = True) -> Model:
@@ -174,7 +193,12 @@ def pack(model: Model, dtype: torch.dtype | None = None, quantise_x: bool = True
 
 
 def unpack_(model: Model) -> Model:
-    """Turn every PackedLinear back into a SparseLinear with the same masks; pruned weights come back as zero."""
+    """Turn every packed layer back into a sparse one with the same masks; pruned weights come back as zero."""
+
+    def choose_lstm(name: str, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, PackedLSTM):
+            return SparseLSTM.from_packed(module)
+        return module.unfuse() if isinstance(module, PackedLayerNormLSTM) else None
 
     def choose(name: str, module: nn.Module) -> nn.Module | None:
         if not isinstance(module, PackedLinear):
@@ -191,7 +215,7 @@ def unpack_(model: Model) -> Model:
         return sparse.train(module.training)
 
     sparse_layers(model)
-    return _replace(model, choose)  # type: ignore[return-value]
+    return _replace(_replace(model, choose_lstm), choose)  # type: ignore[return-value]
 
 
 def _packed_or_mask(layer: Layer, name: str | None) -> Tensor:
@@ -230,15 +254,17 @@ def overlap(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.where(either[name] > 0, both[name] / either[name].clamp(min=1), 1.0) for name in both}
 
 
-def explain(layer: Layer | PackedWeight, rows: int) -> str:
+def explain(layer: Layer | PackedLSTM | PackedLayerNormLSTM | PackedWeight, rows: int) -> str:
     """One sentence: which backend serves `rows` rows through this layer, and why.
 
     Args:
-        layer: SparseLinear, PackedLinear or PackedWeight.
+        layer: SparseLinear, PackedLinear, a packed LSTM or PackedWeight.
         rows: M, at least 0.
     """
     if rows < 0:
         raise ValueError(f"rows = {rows}; want at least 0")
+    if isinstance(layer, PackedLSTM | PackedLayerNormLSTM):
+        return layer.explain(rows)
     if isinstance(layer, SparseLinear):
         blocks, columns = grid((layer.out_features, layer.in_features), layer.block)
         if layer.layout().num_blocks == blocks * columns:

@@ -23,8 +23,10 @@ from sparse_pathways.checks import FormatError, check_names, grid, unknown_pathw
 from sparse_pathways.layout import PackedWeight
 from sparse_pathways.layout.packed import DTYPES
 from sparse_pathways.mask import unpack_bits
-from sparse_pathways.nn.convert import _replace, sparse_layers
+from sparse_pathways.nn.convert import _replace, fuse_, sparse_layers
 from sparse_pathways.nn.linear import PackedLinear, SparseLinear
+from sparse_pathways.nn.lstm import SparseLSTM
+from sparse_pathways.nn.lstm_packed import PackedLSTM, configuration
 
 FORMAT, VERSION = "sparse_pathways", 1
 ENTRY_POINTS = "sparse_pathways.architectures"
@@ -128,6 +130,23 @@ def _build(path: str | os.PathLike[str], config: Any) -> nn.Module:
         raise FormatError(path, f"configuration of the model: {error}") from error
 
 
+def _prefix(name: str) -> str:
+    return f"{name}." if name else ""
+
+
+def _lstms_of(present: dict[str, nn.Module], layers: dict[str, PackedLinear]) -> dict[str, nn.Module]:
+    """{name: PackedLSTM of the file's layers} for the LSTMs of a model; the weights of dense ones join `present`."""
+    lstms: dict[str, nn.Module] = {}
+    for name, module in list(present.items()):
+        if not isinstance(module, nn.LSTM) or f"{_prefix(name)}ih_l0" not in layers:
+            continue
+        sparse = module if isinstance(module, SparseLSTM) else SparseLSTM.from_lstm(module)
+        present.update({_prefix(name) + child: gate for child, gate in sparse.gates.items()})
+        parts = {child: layers.get(_prefix(name) + child, gate) for child, gate in sparse.gates.items()}
+        lstms[name] = PackedLSTM(configuration(module), parts)
+    return lstms
+
+
 def load_packed(
     path: str | os.PathLike[str], model: nn.Module | None = None, pathways: Iterable[str] | None = None
 ) -> nn.Module:
@@ -158,6 +177,7 @@ def load_packed(
     if model is None:
         model = _build(path, header["config"])
     present = dict(model.named_modules())
+    lstms = _lstms_of(present, layers)
     for name, layer in layers.items():
         there = present.get(name)
         if not isinstance(there, nn.Linear | PackedLinear):
@@ -172,6 +192,7 @@ def load_packed(
     if left:
         raise FormatError(path, f"does not fit the model: sparse layer {left[0]} is not in the file")
     owned = tuple(f"{name}." if name else "" for name in layers)
+    owned += tuple(f"{_prefix(name)}{kind}_" for name in lstms for kind in ("weight", "bias"))
     rest = {key: value for key, value in model.state_dict().items() if not key.startswith(owned)}
     for key in [*rest, *tensors]:  # before anything is replaced: a model that does not fit stays as it was
         if key not in tensors or key not in rest:
@@ -183,6 +204,6 @@ def load_packed(
                 path,
                 f"does not fit the model: {key} is {tuple(rest[key].shape)}, in the file {tuple(tensors[key].shape)}",
             )
-    model = _replace(model, lambda name, module: layers.get(name))
+    model = _replace(model, lambda name, module: lstms.get(name, layers.get(name)))
     model.load_state_dict(tensors, strict=False)  # the packed layers have theirs already
-    return model.eval()
+    return fuse_(model).eval()

@@ -82,6 +82,11 @@ def is_forced() -> bool:
     return _forced is not None
 
 
+def forced_name() -> str | None:
+    """The backend that `force` or the environment variable chose; None: the automatic choice."""
+    return _forced
+
+
 def initialise() -> None:
     """Take the environment variable into account; called before the first product."""
     if not _initialised:

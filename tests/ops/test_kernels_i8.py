@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_pathways.ops.linear import reference_linear
+from sparse_pathways.ops.reference import reference_linear
 
 OPS = torch.ops.sparse_pathways
 ROWS = (0, 1, 2, 3, 5, 8, 9, 16, 17, 25, 33, 64)

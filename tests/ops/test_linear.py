@@ -5,7 +5,7 @@ from torch.library import opcheck
 
 import sparse_pathways as sp
 from sparse_pathways.ops import backends, library
-from sparse_pathways.ops.linear import quantise_rows
+from sparse_pathways.ops.reference import quantise_rows
 
 SHAPES = [(0, 16, 8), (1, 96, 64), (2, 37, 29), (5, 40, 31), (17, 96, 64), (40, 130, 70)]  # M, N, K
 BLOCKS = [(8, 1), (16, 1), (4, 4), (16, 16), (3, 5)]
