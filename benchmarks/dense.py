@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Torch means to drop its quantised tensors; today its int8 products are made of them.
+warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel")
+
 Product = Callable[[Tensor], Tensor]  # x [M, K] -> [M, N]
 
 
@@ -36,9 +39,7 @@ def _quantised(engine: str) -> Callable[[Tensor, Tensor, int], Product]:
         scales = (weight.abs().amax(1) / 127).double()
         zeros = torch.zeros(len(scales), dtype=torch.long)
         torch.backends.quantized.engine = engine
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel")
-            quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(quantised, bias)
         product = torch.ops.quantized.linear_dynamic.default
         return lambda x: product(x, packed)
