@@ -50,6 +50,7 @@ def test_a_tiny_run_of_every_suite_gives_a_page(tmp_path):
     assert b"Cells where sparse loses" in pages[0]
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_dense_products_pass_and_a_wrong_one_does_not(dtype):
     from benchmarks import dense, workload
