@@ -46,8 +46,15 @@ sanitized = $(BIN)/cmake -S . -B build/sanitize/$(1) -G Ninja -DCMAKE_MAKE_PROGR
   -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DSP_SANITIZE=$(subst -,$(comma),$(1)) >/dev/null \
   && $(BIN)/cmake --build build/sanitize/$(1) --target $(2)
 
-bench: setup  ## dense against sparse, side by side
-	$(BIN)/python -m pytest benchmarks -c benchmarks/pytest.ini
+bench: setup  ## dense against sparse, side by side: a part of the grid, printed (two minutes)
+	$(BIN)/python -m benchmarks
+
+bench-full: setup  ## the whole grid, LSTM and whole model, into benchmarks/results with a page (half an hour, quiet machine)
+	$(BIN)/python -m benchmarks --full --results benchmarks/results
+	$(BIN)/python -m benchmarks.page benchmarks/results
+
+bench-page: setup  ## the page again, from the results that are there
+	$(BIN)/python -m benchmarks.page benchmarks/results
 
 lint: setup  ## ruff, clang-format, mypy
 	$(BIN)/ruff check --output-format concise .
@@ -66,5 +73,5 @@ wheel: setup  ## build a wheel into dist/
 clean:  ## remove build products and the environment; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info sparse_pathways/*.so
 
-.PHONY: help setup demo test test-fast sanitize bench lint format wheel clean
+.PHONY: help setup demo test test-fast sanitize bench bench-full bench-page lint format wheel clean
 .DEFAULT_GOAL := help

@@ -130,7 +130,7 @@ struct Epilogue {
     Epilogue copy = *this;
     const auto take = [&](auto*& from, auto* to, int64_t first) {
       if (from == nullptr) return;
-      for (int64_t i = 0; i < live && i < kN; ++i) to[i] = from[first + i];
+      for (int64_t i = 0; i < kN - 1 && i < live; ++i) to[i] = from[first + i];
       from = to;
     };
     take(copy.scale, scales, n);
@@ -138,7 +138,7 @@ struct Epilogue {
     take(copy.initial, initials, row * out + n);
     take(copy.residual, residuals, row * out + n);
     store_narrow<kN>(ys, copy.template finish<kN>(0, 0, sum));
-    for (int64_t i = 0; i < live && i < kN; ++i) y[row * out + n + i] = ys[i];
+    for (int64_t i = 0; i < kN - 1 && i < live; ++i) y[row * out + n + i] = ys[i];
   }
 };
 
@@ -151,7 +151,7 @@ void put_tile(const Epilogue<Y, Acc>& epilogue, const Acc* tile, int64_t row, in
     done = count < 8 ? 0 : count & ~int64_t{7};
     const bool whole = done == 16;
     for (int64_t i = 0; i < rows && done > 0; i += 8) {
-      Vec<Acc, 8> low[8], high[8];
+      Vec<Acc, 8> low[8], high[8] = {};
       const Acc* from[8];
       for (int q = 0; q < 8; ++q) from[q] = tile + q * kWidth + i;
       transpose8x8(from, low);

@@ -1,0 +1,1 @@
+"""Dense against sparse on the CPU: `python -m benchmarks --help`."""
