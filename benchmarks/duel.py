@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-ROUND_SECONDS = 1e-3  # a contender's turn calls often enough to last so long
+ROUND_SECONDS = 2e-3  # a contender's turn calls often enough to last so long
+WARM_SECONDS = 20e-3  # longest run through a rotation before a turn
 TURNS = (5, 25)  # fewest and most
 
 
@@ -38,6 +39,7 @@ class Verdict:
     best_dense: str
     dense_us: float
     sparse_us: float
+    fastest_sparse_us: float
     ratio: float  # median of the ratios within a turn
     quartiles: tuple[float, float]
     ratio_of_fastest: float  # of the fastest turns: what a quiet machine would show
@@ -59,8 +61,8 @@ def _seconds(run: Callable[[], object], calls: int) -> float:
 def duel(contenders: Sequence[Contender], seconds: float, turns: int | None = None) -> dict[str, list[float]]:
     """Times of every contender, turn by turn.
 
-    Before its turn a contender runs unmeasured through its rotation (for at most the length of a turn): the others may
-    have evicted its weights from a cache that would hold them.
+    Before its turn a contender runs unmeasured through its whole rotation, where that is short enough for a cache to
+    hold it: the others have evicted its weights from a cache that would, and rotate through more than that together.
 
     Args:
         contenders: each runs once per turn; the order rotates, so that none always follows the same neighbour.
@@ -70,13 +72,15 @@ def duel(contenders: Sequence[Contender], seconds: float, turns: int | None = No
     Returns:
         {name: seconds per product, one per turn}.
     """
-    calls, cost = {}, 0.0
+    calls, warm, cost = {}, {}, 0.0
     for one in contenders:
         one.run()
         once = _seconds(one.run, 1)
         once = _seconds(one.run, 5) / 5 if once < ROUND_SECONDS else once
         calls[one.name] = max(1, round(ROUND_SECONDS / once))
-        cost += once * (calls[one.name] + min(one.rotation, calls[one.name]))
+        whole = once * one.rotation <= WARM_SECONDS
+        warm[one.name] = one.rotation if whole else min(one.rotation, calls[one.name])
+        cost += once * (calls[one.name] + warm[one.name])
     turns = turns or min(max(round(seconds / cost), TURNS[0]), TURNS[1])
     times: dict[str, list[float]] = {one.name: [] for one in contenders}
     gc.disable()
@@ -84,7 +88,7 @@ def duel(contenders: Sequence[Contender], seconds: float, turns: int | None = No
         for turn in range(turns):
             first = turn % len(contenders)
             for one in [*contenders[first:], *contenders[:first]]:
-                _seconds(one.run, min(one.rotation, calls[one.name]))
+                _seconds(one.run, warm[one.name])
                 elapsed = _seconds(one.run, calls[one.name])
                 times[one.name].append(elapsed / calls[one.name] / one.products)
     finally:
@@ -107,6 +111,7 @@ def judge(times: dict[str, list[float]], dense: Sequence[str]) -> list[Verdict]:
                 best_dense=best,
                 dense_us=statistics.median(times[best]) * 1e6,
                 sparse_us=statistics.median(times[name]) * 1e6,
+                fastest_sparse_us=min(times[name]) * 1e6,
                 ratio=middle,
                 quartiles=(low, high),
                 ratio_of_fastest=min(times[best]) / min(times[name]),

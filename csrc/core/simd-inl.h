@@ -10,7 +10,10 @@
 #include <stdint.h>
 #include <string.h>
 #if defined(__AVX__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 sees it in the casts of its own header
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #include "core/types.h"
