@@ -15,7 +15,7 @@ Tensor bcsr_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& crow
   check_dense(x, "x", 2);
   const LinearOperands operands{values, crow, col, pos, scale, bias, n, activation, quantise_x};
   check_operands(operands);
-  return run_linear(x, operands, residual, x.size(1));
+  return run_linear(x, weight_args(operands, x.size(1)), values.scalar_type(), bias, residual);
 }
 
 int64_t set_isa_op(int64_t level) {

@@ -67,28 +67,14 @@ inline const void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
-// activation(x @ W.T * scale + initial + bias) + residual for x [..., K], contiguous; operands are checked. The result
-// takes the place of `initial` if that is given.
-inline Tensor run_linear(const Tensor& x, const LinearOperands& w, const std::optional<Tensor>& residual, int64_t k,
-                         const std::optional<Tensor>& initial = std::nullopt) {
-  const ScalarType type = w.values.scalar_type();
-  STD_TORCH_CHECK(x.scalar_type() == x_type(type), "values and x differ in dtype");
-  const int64_t dim = x.dim();
-  STD_TORCH_CHECK(dim > 0 && dim <= kMaxDim && x.size(dim - 1) == k, "x must be [..., ", k, "], at most ", kMaxDim,
-                  " dimensions");
-  STD_TORCH_CHECK(x.is_contiguous() && x.is_cpu(), "x must be contiguous and on the CPU");
-  int64_t shape[kMaxDim];
+// What of the arguments the operands alone decide, for a weight of w.n x k.
+inline ProductArgs weight_args(const LinearOperands& w, int64_t k) {
   ProductArgs args{};
-  args.m = 1;
-  for (int64_t i = 0; i + 1 < dim; ++i) args.m *= shape[i] = x.size(i);
-  shape[dim - 1] = w.n;
-  args.x = x.const_data_ptr();
   args.values = w.values.const_data_ptr();
   args.begin = static_cast<const int32_t*>(w.crow.const_data_ptr());
   args.narrow = w.col.scalar_type() == ScalarType::UInt16;
   args.other = w.col.const_data_ptr();
   args.pos = static_cast<const int32_t*>(data_or_null(w.pos));
-  args.bias = data_or_null(w.bias);
   args.scale = static_cast<const float*>(data_or_null(w.scale));
   args.activation = static_cast<Activation>(w.activation);
   args.quantise_x = w.quantise_x;
@@ -97,8 +83,26 @@ inline Tensor run_linear(const Tensor& x, const LinearOperands& w, const std::op
   args.c = w.values.size(1);
   args.r = w.values.size(2);
   args.lists = w.crow.numel() - 1;
+  return args;
+}
+
+// activation(x @ W.T * scale + initial + bias) + residual for x [..., K], contiguous; `args` from weight_args, `type`
+// of the values. The result takes the place of `initial` if that is given.
+inline Tensor run_linear(const Tensor& x, ProductArgs args, ScalarType type, const std::optional<Tensor>& bias,
+                         const std::optional<Tensor>& residual, const std::optional<Tensor>& initial = std::nullopt) {
+  STD_TORCH_CHECK(x.scalar_type() == x_type(type), "values and x differ in dtype");
+  const int64_t dim = x.dim();
+  STD_TORCH_CHECK(dim > 0 && dim <= kMaxDim && x.size(dim - 1) == args.in, "x must be [..., ", args.in, "], at most ",
+                  kMaxDim, " dimensions");
+  STD_TORCH_CHECK(x.is_contiguous() && x.is_cpu(), "x must be contiguous and on the CPU");
+  int64_t shape[kMaxDim];
+  args.m = 1;
+  for (int64_t i = 0; i + 1 < dim; ++i) args.m *= shape[i] = x.size(i);
+  shape[dim - 1] = args.out;
+  args.x = x.const_data_ptr();
+  args.bias = data_or_null(bias);
   if (residual.has_value()) {
-    STD_TORCH_CHECK(residual->is_contiguous() && residual->numel() == args.m * w.n &&
+    STD_TORCH_CHECK(residual->is_contiguous() && residual->numel() == args.m * args.out &&
                         residual->scalar_type() == x.scalar_type() && residual->is_cpu(),
                     "residual must be contiguous, of x's dtype and y's shape");
     args.residual = residual->const_data_ptr();

@@ -12,8 +12,11 @@ constexpr uint64_t kAlive = 0x5350'4c49'4e45'4152;
 
 struct Prepared {
   uint64_t alive;  // kAlive until released: a stale handle is refused instead of followed, as far as that can be seen
+  ScalarType type;
+  // Read at the first call for all: to ask six tensors for their memory at each call touches two dozen cache lines. The
+  // bias is asked each time, since `bias.data = ...` is a habit; PackedWeight's own tensors are not reassigned.
+  ProductArgs args;
   LinearOperands operands;
-  int64_t k;
   const Prepared* base;  // a product that is added before bias and activation, or null; kept alive by Python
 };
 
@@ -29,8 +32,9 @@ int64_t prepare_linear_cpu(const Tensor& values, const Tensor& crow, const Tenso
   const LinearOperands operands{values, crow, col, pos, scale, bias, n, activation, quantise_x};
   check_operands(operands);
   const Prepared* added = base == 0 ? nullptr : find(base);
-  STD_TORCH_CHECK(added == nullptr || (added->operands.n == n && added->k == k), "base is of another shape");
-  return reinterpret_cast<int64_t>(new Prepared{kAlive, operands, k, added});
+  STD_TORCH_CHECK(added == nullptr || (added->args.out == n && added->args.in == k), "base is of another shape");
+  return reinterpret_cast<int64_t>(
+      new Prepared{kAlive, values.scalar_type(), weight_args(operands, k), operands, added});
 }
 
 void release_linear_op(int64_t handle) {
@@ -40,8 +44,9 @@ void release_linear_op(int64_t handle) {
 }
 
 Tensor product(const Tensor& x, const Prepared& weight, const std::optional<Tensor>& residual) {
-  if (weight.base == nullptr) return run_linear(x, weight.operands, residual, weight.k);
-  return run_linear(x, weight.operands, residual, weight.k, product(x, *weight.base, std::nullopt));
+  std::optional<Tensor> initial;
+  if (weight.base != nullptr) initial = product(x, *weight.base, std::nullopt);
+  return run_linear(x, weight.args, weight.type, weight.operands.bias, residual, initial);
 }
 
 // x [..., K] of the weight's x_dtype, any strides.
