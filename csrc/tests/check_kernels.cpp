@@ -114,12 +114,16 @@ void plant(const ProductArgs& args, size_t blocks, size_t weight_bytes) {
   if (fault == Fault::kOverflow) large = large + 1;
 }
 
+enum class Product { kForward, kDx, kDxFew };  // dx by the forward lists, or by the transposed ones
+
+constexpr int64_t kFewRows = 4;  // of dy, in csrc/torch/train_cpu.cpp
+
 // X: of x, y, bias and residual. W: of the weight.
 template <typename X, typename W>
 class Check {
  public:
-  Check(const char* what, const char* isa, ProductKernel kernel, bool transposed, double unit)
-      : what_(what), isa_(isa), kernel_(kernel), transposed_(transposed), unit_(unit) {}
+  Check(const char* what, const char* isa, ProductKernel kernel, Product product, double unit)
+      : what_(what), isa_(isa), kernel_(kernel), product_(product), dx_(product != Product::kForward), unit_(unit) {}
 
   // False if a result is wrong.
   bool run(const Shape& shape, double density, bool narrow, bool indirect) {
@@ -130,14 +134,15 @@ class Check {
         mask[static_cast<size_t>(b * columns + j)] = b == rows - 1 || (b > 0 && j != 1 && uniform() < 2 * density - 1);
       }
     }
-    const Lists lists = make_lists(mask, rows, columns, transposed_);
+    const bool by_column = product_ == Product::kDxFew;
+    const Lists lists = make_lists(mask, rows, columns, by_column);
     const size_t kept = lists.other.size(), size = static_cast<size_t>(shape.r * shape.c);
     const size_t pool = indirect ? kept + 2 : kept;  // strangers first and last
     Buffer<W> values(pool * size);
     if constexpr (sizeof(W) > 1) {
       for (size_t i = 0; i < values.size; ++i) put(&values[i], kNan);
     }
-    const int64_t in = transposed_ ? shape.n : shape.k, out = transposed_ ? shape.k : shape.n;
+    const int64_t in = dx_ ? shape.n : shape.k, out = dx_ ? shape.k : shape.n;
     std::vector<double> dense(static_cast<size_t>(shape.n * shape.k));
     for (size_t i = 0, at = 0; i < mask.size(); ++i) {
       if (!mask[i]) continue;
@@ -152,7 +157,7 @@ class Check {
     }
     ProductArgs args{};
     args.m = shape.m, args.in = in, args.out = out, args.r = shape.r, args.c = shape.c;
-    args.lists = transposed_ ? columns : rows;
+    args.lists = by_column ? columns : rows;
     args.narrow = narrow;
     Buffer<int32_t> begin(lists.begin.size()), wide(narrow ? 0 : kept), pos(kept);
     Buffer<uint16_t> ids(narrow ? kept : 0);
@@ -164,7 +169,7 @@ class Check {
     }
     args.begin = begin.data.get();
     args.other = narrow ? static_cast<void*>(ids.data.get()) : wide.data.get();
-    args.pos = indirect || transposed_ ? pos.data.get() : nullptr;
+    args.pos = indirect || by_column ? pos.data.get() : nullptr;
     args.values = values.data.get();
     return product(args, dense, shape, pool);
   }
@@ -182,8 +187,9 @@ class Check {
     for (size_t i = 0; i < y.size; ++i) put(&y[i], kNan);
     for (size_t i = 0; i < scale.size; ++i) put(&scale[i], 0.01 + 0.01 * fabs(uniform()));
     args.x = x.data.get(), args.y = y.data.get();
-    if (!transposed_) {
+    if (!dx_) {
       args.scale = sizeof(W) == 1 ? scale.data.get() : nullptr;
+      args.quantise_x = sizeof(W) == 1 && rng() % 2;
       args.bias = rng() % 2 ? bias.data.get() : nullptr;
       args.residual = rng() % 2 ? residual.data.get() : nullptr;
       args.activation = static_cast<Activation>(rng() % 5);
@@ -196,7 +202,7 @@ class Check {
         const size_t cell = static_cast<size_t>(i * args.out + o);
         double sum = 0, magnitude = 0, peak = 0, weights = 0;
         for (int64_t q = 0; q < args.in; ++q) {
-          const double w = dense[static_cast<size_t>(transposed_ ? q * shape.k + o : o * shape.k + q)];
+          const double w = dense[static_cast<size_t>(dx_ ? q * shape.k + o : o * shape.k + q)];
           const double input = get(x[static_cast<size_t>(i * args.in + q)]);
           sum += w * input, magnitude += fabs(w * input), weights += fabs(w);
           peak = std::max(peak, fabs(input));
@@ -218,15 +224,23 @@ class Check {
     return true;
   }
 
+  // What the callers give, in elements.
+  size_t scratch_size(const ProductArgs& args) const {
+    if (product_ == Product::kForward) return scratch_bytes(args, 1);
+    return static_cast<size_t>(dx_by_rows() ? (args.out + args.c) * kMaxPanel : kFewRows * (args.in + args.r));
+  }
+  bool dx_by_rows() const { return product_ == Product::kDx; }
+
   // The whole product at once, or cut into rows of whole panels and lists at random places.
   void in_shares(const ProductArgs& args) const {
     constexpr size_t accumulator = sizeof(X) == 8 ? 8 : 4;
     const auto share = [&](int64_t m0, int64_t m1, int64_t l0, int64_t l1) {
-      Buffer<char> scratch(scratch_bytes(args, accumulator));  // fresh: nothing may be left over from another share
+      Buffer<char> scratch(scratch_size(args) * accumulator);  // fresh: nothing may be left over from another share
       memset(scratch.data.get(), 0xff, scratch.size);
       if (m0 < m1 && l0 < l1) kernel_(args, m0, m1, l0, l1, scratch.data.get());
     };
-    const int64_t cut = rng() % 2 ? static_cast<int64_t>(rng() % static_cast<size_t>(args.lists + 1)) : 0;
+    const int64_t cut =
+        !dx_by_rows() && rng() % 2 ? static_cast<int64_t>(rng() % static_cast<size_t>(args.lists + 1)) : 0;
     for (int64_t m = 0; m < args.m; m += kMaxPanel) {
       const int64_t end = args.m - m < 2 * kMaxPanel && rng() % 2 ? args.m : std::min(args.m, m + kMaxPanel);
       share(m, end, 0, cut);
@@ -244,7 +258,8 @@ class Check {
   const char* what_;
   const char* isa_;
   ProductKernel kernel_;
-  bool transposed_;
+  Product product_;
+  bool dx_;
   double unit_;
 };
 
@@ -253,22 +268,23 @@ constexpr int64_t kBlocks[][2] = {{8, 1}, {16, 1}, {8, 4}, {4, 4}, {1, 1}, {3, 5
 constexpr int64_t kShapes[][2] = {{40, 32}, {37, 53}, {8, 7}, {65, 130}};
 
 template <typename X, typename W>
-bool check(const char* what, const char* isa, ProductKernel kernel, bool transposed, double unit) {
+bool check(const char* what, const char* isa, ProductKernel kernel, Product product, double unit) {
   if (kernel == nullptr) {
-    printf("%-10s %-14s none\n", isa, what);
+    printf("%-10s %-17s none\n", isa, what);
     return true;
   }
-  Check<X, W> one(what, isa, kernel, transposed, unit);
+  Check<X, W> one(what, isa, kernel, product, unit);
   bool good = true;
   for (const auto& [n, k] : kShapes) {
     for (const auto& [r, c] : kBlocks) {
       for (const int64_t m : kRows) {
+        if (product == Product::kDxFew && (m > kFewRows || r % 8 != 0)) continue;
         const double density = rng() % 4 ? 0.3 : 0.9;
         for (int form = 0; form < 4 && good; ++form) good = one.run({m, n, k, r, c}, density, form & 1, form & 2);
       }
     }
   }
-  printf("%-10s %-14s %ld products %s\n", isa, what, one.products, good ? "good" : "WRONG");
+  printf("%-10s %-17s %ld products %s\n", isa, what, one.products, good ? "good" : "WRONG");
   fflush(stdout);
   return good;
 }
@@ -279,13 +295,14 @@ bool check_all() {
   for (int level = 0; level <= max_isa(); ++level) {
     set_isa(level);
     const KernelTable& table = kernels();
-    good &= check<float, float>("linear_f32", table.name, table.linear_f32, false, kSingle);
-    good &= check<Bf16, Bf16>("linear_bf16", table.name, table.linear_bf16, false, kDot);
-    good &= check<float, int8_t>("linear_i8", table.name, table.linear_i8, false, kDot);
-    good &= check<float, float>("linear_dx_f32", table.name, table.linear_dx_f32, true, kSingle);
+    good &= check<float, float>("linear_f32", table.name, table.linear_f32, Product::kForward, kSingle);
+    good &= check<Bf16, Bf16>("linear_bf16", table.name, table.linear_bf16, Product::kForward, kDot);
+    good &= check<float, int8_t>("linear_i8", table.name, table.linear_i8, Product::kForward, kDot);
+    good &= check<float, float>("linear_dx_f32", table.name, table.linear_dx_f32, Product::kDx, kSingle);
+    good &= check<float, float>("linear_dx_few_f32", table.name, table.linear_dx_few_f32, Product::kDxFew, kSingle);
   }
-  good &= check<double, double>("linear_f64", "any", linear_f64, false, kDouble);
-  good &= check<double, double>("linear_dx_f64", "any", linear_dx_f64, true, kDouble);
+  good &= check<double, double>("linear_f64", "any", linear_f64, Product::kForward, kDouble);
+  good &= check<double, double>("linear_dx_f64", "any", linear_dx_f64, Product::kDx, kDouble);
   return good;
 }
 
