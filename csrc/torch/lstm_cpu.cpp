@@ -57,8 +57,10 @@ const void* parameter(const std::optional<Tensor>& tensor, int64_t numel, Scalar
   return tensor->const_data_ptr();
 }
 
-LstmKernels choose(ScalarType x, ScalarType values) {
+LstmKernels choose(ScalarType x, ScalarType values, bool quantise_x) {
   const KernelTable& table = kernels();
+  // Integer products and then the gates: the fused step of int8 weights widens them and keeps x as it is.
+  if (values == ScalarType::Char && quantise_x) return {table.linear_i8, nullptr, table.lstm_gates_f32, 4, 4};
   if (values == ScalarType::Char) return {table.linear_i8, table.lstm_i8, table.lstm_gates_f32, 4, 4};
   if (x == ScalarType::Float) return {table.linear_f32, table.lstm_f32, table.lstm_gates_f32, 4, 4};
   if (x == ScalarType::BFloat16) return {table.linear_bf16, table.lstm_bf16, table.lstm_gates_bf16, 2, 4};
@@ -80,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> bcsr_lstm_cpu(
     const std::optional<Tensor>& bias_ih, const Tensor& values_hh, const Tensor& crow_hh, const Tensor& col_hh,
     const std::optional<Tensor>& pos_hh, const std::optional<Tensor>& scale_hh, const std::optional<Tensor>& bias_hh,
     const std::optional<Tensor>& g_weight, const std::optional<Tensor>& g_bias, const std::optional<Tensor>& c_weight,
-    const std::optional<Tensor>& c_bias, double g_eps, double c_eps, bool reverse) {
+    const std::optional<Tensor>& c_bias, double g_eps, double c_eps, bool reverse, bool quantise_x) {
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(x.dim() >= 1 && x.dim() <= 4 && h.dim() >= 1 && h.dim() <= 4, "x and h have 1 to 4 dimensions");
   STD_TORCH_CHECK(x.is_contiguous() && h.is_contiguous() && c.is_contiguous(), "x, h and c must be contiguous");
@@ -108,6 +110,8 @@ std::tuple<Tensor, Tensor, Tensor> bcsr_lstm_cpu(
     args.g_eps = static_cast<float>(g_eps);
     args.c_eps = static_cast<float>(c_eps);
   }
+  STD_TORCH_CHECK(!quantise_x || values_ih.scalar_type() == ScalarType::Char, "quantise_x is for int8 values");
+  args.ih.quantise_x = args.hh.quantise_x = quantise_x;
   args.x = x.const_data_ptr();
   args.h = h.const_data_ptr();
   args.c = c.const_data_ptr();
@@ -117,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> bcsr_lstm_cpu(
   args.h_last = h_last.mutable_data_ptr();
   args.c_last = c_last.mutable_data_ptr();
   const Executor executor{static_cast<int>(torch::stable::get_num_threads()), run_parallel};
-  const LstmKernels kernels = choose(type, values_ih.scalar_type());
+  const LstmKernels kernels = choose(type, values_ih.scalar_type(), quantise_x);
   const Outcome outcome = run_lstm(args, kernels, executor);
   STD_TORCH_CHECK(outcome != Outcome::kNoKernel, "these CPU kernels have none for this dtype and shape");
   STD_TORCH_CHECK(outcome == Outcome::kDone, "out of memory: no scratch space for the step of an LSTM");

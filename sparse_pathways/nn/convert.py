@@ -159,8 +159,7 @@ def pack_(model: Model, dtype: torch.dtype | None = None, quantise_x: bool = Tru
     Args:
         model: with sparse layers.
         dtype: of the packed values; default each weight's.
-        quantise_x: int8 only: products round each row of their input to int8, too (fastest); False: it stays float32,
-            as it always does in LSTM steps.
+        quantise_x: int8 only: products round each row of their input to int8, too (fastest); False: it stays float32.
 
     Raises:
         ValueError: no SparseLinear in the model.
@@ -168,7 +167,7 @@ def pack_(model: Model, dtype: torch.dtype | None = None, quantise_x: bool = Tru
 
     def choose(name: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, SparseLSTM):
-            return module.pack(dtype)
+            return module.pack(dtype, quantise_x)
         if not isinstance(module, SparseLinear) or isinstance(module, GateLinear):
             return None
         return PackedLinear(module.pack(dtype, quantise_x=quantise_x), module.bias, module.active).train(

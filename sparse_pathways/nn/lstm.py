@@ -144,9 +144,12 @@ class SparseLSTM(nn.LSTM):
         self.gates[weight].set_mask_(mask, pathway)
         return self
 
-    def pack(self, dtype: torch.dtype | None = None) -> PackedLSTM:
-        """The inference form; `dtype` of the packed values, default each weight's."""
-        layers = {n: PackedLinear(gate.pack(dtype), gate.bias, gate.active) for n, gate in self.gates.items()}
+    def pack(self, dtype: torch.dtype | None = None, quantise_x: bool = True) -> PackedLSTM:
+        """The inference form; `dtype` of the packed values, default each weight's; `quantise_x` as for `pack_`."""
+        layers = {
+            name: PackedLinear(gate.pack(dtype, quantise_x=quantise_x), gate.bias, gate.active)
+            for name, gate in self.gates.items()
+        }
         return PackedLSTM(configuration(self), layers).train(self.training)
 
     @classmethod

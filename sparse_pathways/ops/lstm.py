@@ -28,7 +28,7 @@ torch.library.define(
     LSTM,
     f"(Tensor x, Tensor h, Tensor c, {_WEIGHT.format('ih')}, {_WEIGHT.format('hh')}, Tensor? g_weight=None, "
     "Tensor? g_bias=None, Tensor? c_weight=None, Tensor? c_bias=None, float g_eps=0.0, float c_eps=0.0, "
-    "bool reverse=False) -> (Tensor, Tensor, Tensor)",
+    "bool reverse=False, bool quantise_x=False) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -90,12 +90,12 @@ def _in_shape(result: tuple[Tensor, Tensor, Tensor], x: Tensor, h: Tensor) -> tu
 
 def reference_lstm(x, h, c, *rest):  # type: ignore[no-untyped-def]
     """What `bcsr_lstm` computes, in plain PyTorch: `(y [..., H], h, c)`."""
-    ih, hh, norm, reverse = rest[:6], rest[6:12], Norm(*rest[12:18]), rest[18]
+    ih, hh, norm, reverse, quantise_x = rest[:6], rest[6:12], Norm(*rest[12:18]), rest[18], rest[19]
     xs, h0, c0 = _as_steps(x, h, c)
 
     def product(weight, rows):  # type: ignore[no-untyped-def]
         values, crow, col, pos, scale, bias = weight
-        return reference_linear(rows, values, crow, col, pos, bias, 4 * h.shape[-1], scale)
+        return reference_linear(rows, values, crow, col, pos, bias, 4 * h.shape[-1], scale, None, 0, quantise_x)
 
     inputs = product(ih, xs.flatten(0, 1)).view(*xs.shape[:2], -1)
     result = _recur(inputs, h0, c0, partial(product, hh), norm if norm.g_weight is not None else None, reverse)
@@ -106,10 +106,11 @@ def reference_lstm(x, h, c, *rest):  # type: ignore[no-untyped-def]
 def _reference(
     x, h, c, values_ih, crow_ih, col_ih, pos_ih, scale_ih, bias_ih, values_hh, crow_hh, col_hh, pos_hh, scale_hh,
     bias_hh, g_weight=None, g_bias=None, c_weight=None, c_bias=None, g_eps=0.0, c_eps=0.0, reverse=False,
+    quantise_x=False,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     return reference_lstm(
         x, h, c, values_ih, crow_ih, col_ih, pos_ih, scale_ih, bias_ih, values_hh, crow_hh, col_hh, pos_hh, scale_hh,
-        bias_hh, g_weight, g_bias, c_weight, c_bias, g_eps, c_eps, reverse,
+        bias_hh, g_weight, g_bias, c_weight, c_bias, g_eps, c_eps, reverse, quantise_x,
     )  # fmt: skip
 
 
@@ -140,12 +141,15 @@ def prepare(ih: Weight, hh: Weight, norm: Norm | None = None, reverse: bool = Fa
     one_pathway = not isinstance(ih.pathway, Tensor) and not isinstance(hh.pathway, Tensor)
     if not one_pathway or ih.packed.dtype != hh.packed.dtype or kernel_name(ih.packed, hh.packed) == "reference":
         return None
+    quantise_x = ih.packed.quantise_x
+    if quantise_x != hh.packed.quantise_x:
+        return None
     arguments: list[Any] = []
     for packed, bias, pathway in (ih, hh):
         index = packed.index(pathway)  # type: ignore[arg-type]
         arguments += [packed.values, *index, packed.scale, None if bias is None else bias.contiguous()]
-    if norm is not None or reverse:  # every argument takes time, defaults too
-        arguments += (*(norm or (None, None, None, None, 0.0, 0.0)), reverse)
+    if norm is not None or reverse or quantise_x:  # every argument takes time, defaults too
+        arguments += (*(norm or (None, None, None, None, 0.0, 0.0)), reverse, quantise_x)
     return tuple(arguments)
 
 

@@ -183,7 +183,7 @@ def test_nan_in_x_stays_and_extreme_gates_saturate(backend, rng):
 def test_other_dtypes(dtype, rows, rng):
     x, h, c, w_ih, w_hh, b_ih, b_hh, *_ = make_problem(rng, rows, 3)
     w_ih, w_hh = (
-        sp.PackedWeight(w.shape, w.block, (w.values * 20).to(dtype), scale, {"default": w.mask()})
+        sp.PackedWeight(w.shape, w.block, (w.values * 20).to(dtype), scale, {"default": w.mask()}, False)
         for w, scale in ((w, torch.full((96,), 0.05) if dtype == torch.int8 else None) for w in (w_ih, w_hh))
     )
     state = [t.to(w_ih.x_dtype) for t in (x, h, c, b_ih, b_hh)]
@@ -215,6 +215,23 @@ def test_fused_step_of_small_weights(isa, rows, dtype, rng):
     if dtype == torch.bfloat16:  # h and c are rounded once, and h is of the cell before that
         bounds = [bound + torch.finfo(dtype).eps * value.abs() for value, bound in zip(exact, bounds, strict=True)]
     assert_within(results, exact, bounds)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 12])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_int8_rounds_x_and_h_where_the_weights_say_so(backend, rows, steps, rng):
+    x, h, c, w_ih, w_hh, b_ih, b_hh, *_ = make_problem(rng, rows, steps)
+    w_ih, w_hh = (sp.PackedWeight.pack(w.unpack(), w.mask(), dtype=torch.int8) for w in (w_ih, w_hh))
+    results = sparse_lstm(x, h, c, Weight(w_ih, b_ih, None), Weight(w_hh, b_hh, None))
+    with backends.forced("reference"):
+        expected = sparse_lstm(x, h, c, Weight(w_ih, b_ih, None), Weight(w_hh, b_hh, None))
+    for result, value in zip(results, expected, strict=True):
+        # The integers are the same but where a rounding of h falls on the other side: a step of 1/127 of one input.
+        torch.testing.assert_close(result, value, rtol=0, atol=1e-5 if steps == 1 else 5e-3)
+    exact, _ = oracle(x, h, c, w_ih.unpack(), w_hh.unpack(), b_ih, b_hh)
+    for result, value in zip(results, exact, strict=True):
+        assert not torch.equal(result.double(), value)
+        torch.testing.assert_close(result.double(), value, rtol=0, atol=0.1)
 
 
 def test_gradients_are_those_of_the_dense_cell(rng):
