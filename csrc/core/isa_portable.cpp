@@ -2,12 +2,7 @@
 #define SP_VECTOR_BYTES 16
 #define SP_SLICE 4  // outputs per pass of a K-major kernel: accumulators, x and a weight fill the vector registers
 
-#include "core/linear-inl.h"
-#include "core/linear_bf16-inl.h"
-#include "core/linear_dw-inl.h"
-#include "core/linear_dx-inl.h"
-#include "core/linear_i8-inl.h"
-#include "core/lstm-inl.h"
+#include "core/kernels-inl.h"
 
 namespace sp {
 
@@ -16,20 +11,7 @@ extern const ProductKernel linear_f64;
 extern const ProductKernel linear_dx_f64;
 extern const WeightGradKernel linear_dw_f64;
 extern const LstmGatesKernel lstm_gates_f64;
-const KernelTable kernels_portable = {
-    .name = "portable",
-    .linear_f32 = &linear<float>,
-    .linear_bf16 = &linear_bf16,
-    .linear_i8 = &linear_i8,
-    .linear_dx_f32 = &linear_dx<float>,
-    .linear_dx_few_f32 = &linear_dx_few,
-    .linear_dw_f32 = kWeightGrad<float>,
-    .lstm_f32 = &lstm_step<float, float>,
-    .lstm_bf16 = &lstm_step<Bf16, Bf16>,
-    .lstm_i8 = &lstm_step<float, int8_t>,
-    .lstm_gates_f32 = &lstm_gates<float, float>,
-    .lstm_gates_bf16 = &lstm_gates<Bf16, float>,
-};
+const KernelTable kernels_portable = kernels_named("portable");
 
 // float64 serves gradient checks, not speed: one version for all machines.
 const ProductKernel linear_f64 = &linear<double>;

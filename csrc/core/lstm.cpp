@@ -10,9 +10,6 @@ namespace {
 // Rows of x that go through the input product at once: whole panels of the product, and its result stays in L2.
 constexpr int64_t kInputRows = 64;
 
-// As in product.cpp: multiply-adds of one step from which a second thread is worth waking.
-constexpr double kSerialWork = 6e5;
-
 // Cost of eight units besides their blocks (loop starts, activations, stores), in blocks.
 constexpr int64_t kUnitsCost = 64;
 

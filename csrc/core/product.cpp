@@ -9,11 +9,6 @@ namespace sp {
 
 namespace {
 
-// Multiply-adds (M = 1 counts twice: it waits for loads) from which a second thread is worth calling. One thread takes
-// 20 to 30 us for this much on a Zen 4, as long as a helper of the pool needs to wake; to call one that does not come
-// costs 2 us.
-constexpr double kSerialWork = 1e6;
-
 // Shares per thread at most: a thread that comes late or is held up leaves the rest to the others.
 constexpr int64_t kFineShares = 4;
 
