@@ -142,28 +142,86 @@ struct Epilogue {
   }
 };
 
-// Sums of outputs n .. n + count - 1 (count <= 16; none if negative) as tile[r * kWidth + i], i the row counted from
-// `row`.
+// Outputs whose part of a row of y is a cache line: what a K-major kernel collects before it calls put_tile. Rows of y
+// are often a power of two apart, so that few of their lines fit the caches together: written in parts, each would be
+// evicted and fetched again between two parts.
+template <typename Y>
+constexpr int kTileOutputs = 64 / static_cast<int>(sizeof(Y));
+
+#if SP_VECTOR_BYTES == 64
+// Two vectors as bf16, word by word in turns: dword i of the result holds a[i] below b[i].
+SP_INLINE __m512i narrow_pair(Vec<float, 16> a, Vec<float, 16> b) {
+  using U = Vec<uint32_t, 16>;
+  const auto rounded = [](Vec<float, 16> v) SP_ALWAYS_INLINE {
+    const U bits = (U)v;
+    return (U)(v != v ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1));
+  };
+  return (__m512i)((rounded(a) >> 16) | (rounded(b) & 0xffff0000u));
+}
+
+// kTileOutputs<Y> outputs n .. of 16 rows, all there, from tile[r * kWidth] to y, with `bias` (null: none) added.
+template <int kWidth, typename Y>
+SP_INLINE void put_lines(const Epilogue<Y, float>& epilogue, const Y* bias, const float* tile, int64_t row,
+                         int64_t rows, int64_t n) {
+  const auto sums = [&](int64_t r) SP_ALWAYS_INLINE {
+    Vec<float, 16> v = load<16>(tile + r * kWidth);
+    return bias == nullptr ? v : v + load_wide<1>(bias + n + r)[0];
+  };
+  __m512i line[16];
+  SP_UNROLL for (int q = 0; q < 16; ++q) {
+    if constexpr (sizeof(Y) == 2) {
+      line[q] = narrow_pair(sums(2 * q), sums(2 * q + 1));
+    } else {
+      line[q] = (__m512i)sums(q);
+    }
+  }
+  transpose16x16(line);
+  Y* y = epilogue.y + row * epilogue.out + n;
+  SP_UNROLL for (int q = 0; q < 16; ++q) {
+    if (q < rows) _mm512_storeu_si512(y + q * epilogue.out, line[q]);
+  }
+}
+#endif
+
+// Sums of outputs n .. n + count - 1 (count <= kTileOutputs<Y>; none if negative) as tile[r * kWidth + i], i the row
+// counted from `row`.
 template <int kWidth, typename Y, typename Acc>
 void put_tile(const Epilogue<Y, Acc>& epilogue, const Acc* tile, int64_t row, int64_t rows, int64_t n, int64_t count) {
+#if SP_VECTOR_BYTES == 64
+  if constexpr (sizeof(Acc) == 4) {
+    if (count == kTileOutputs<Y> && epilogue.residual == nullptr && epilogue.initial == nullptr) {
+      const Y* bias = epilogue.bias;
+      alignas(64) float finished[kTileOutputs<Y> * kWidth];
+      if (!epilogue.plain) {  // before the transposition: of an output, all rows have the same scale and bias
+        for (int64_t r = 0; r < count; ++r) {
+          const float scale = epilogue.scale == nullptr ? 1 : epilogue.scale[n + r];
+          const float shift = bias == nullptr ? 0 : load_wide<1>(bias + n + r)[0];
+          for (int64_t i = 0; i < kWidth; i += 16) {
+            const Vec<float, 16> sum = load<16>(tile + r * kWidth + i) * scale + shift;
+            store<16>(finished + r * kWidth + i, activate<float, 16>(sum, epilogue.activation));
+          }
+        }
+        tile = finished;
+        bias = nullptr;
+      }
+      for (int64_t i = 0; i < rows; i += 16) put_lines<kWidth>(epilogue, bias, tile + i, row + i, rows - i, n);
+      return;
+    }
+  }
+#endif
   int64_t done = 0;
   if constexpr (sizeof(Acc) == 4 && kWidth % 8 == 0) {
     done = count < 8 ? 0 : count & ~int64_t{7};
-    const bool whole = done == 16;
-    for (int64_t i = 0; i < rows && done > 0; i += 8) {
-      Vec<Acc, 8> low[8], high[8] = {};
-      const Acc* from[8];
-      for (int q = 0; q < 8; ++q) from[q] = tile + q * kWidth + i;
-      transpose8x8(from, low);
-      if (whole) {
-        for (int q = 0; q < 8; ++q) from[q] = tile + (8 + q) * kWidth + i;
-        transpose8x8(from, high);
-      }
+    for (int64_t i = 0; i < rows; i += 8) {
       const int64_t live = rows - i < 8 ? rows - i : 8;
-      SP_UNROLL for (int q = 0; q < 8; ++q) {
-        if (q >= live) break;
-        epilogue.template put<8>(row + i + q, n, low[q], 8);
-        if (whole) epilogue.template put<8>(row + i + q, n + 8, high[q], 8);
+      for (int64_t g = 0; g < done; g += 8) {
+        Vec<Acc, 8> sums[8];
+        const Acc* from[8];
+        for (int q = 0; q < 8; ++q) from[q] = tile + (g + q) * kWidth + i;
+        transpose8x8(from, sums);
+        SP_UNROLL for (int q = 0; q < 8; ++q) {
+          if (q < live) epilogue.template put<8>(row + i + q, n + g, sums[q], 8);
+        }
       }
     }
   }

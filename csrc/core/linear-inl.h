@@ -206,11 +206,10 @@ SP_INLINE void panel_slice(const W& w, const T* panel, int64_t b, int64_t r0, T*
   }
 }
 
-// Sixteen outputs at a time where there are as many, so that y is written in whole cache lines: with rows a power of
-// two apart, half lines are evicted before their other half comes.
+// Outputs are collected until a tile of them makes whole cache lines of y.
 template <int kZ, typename T, typename W>
 void panel_rows(const W& w, const T* panel, int64_t row, int64_t rows, int64_t b0, int64_t b1) {
-  constexpr int kWidth = kLanes<T> * kZ, kGroup = 16;
+  constexpr int kWidth = kLanes<T> * kZ, kGroup = kTileOutputs<float>;
   alignas(64) T tile[kGroup * kWidth];
   int64_t waiting = 0, first = 0;  // outputs in the tile, and the number of the first
   const auto flush = [&]() SP_ALWAYS_INLINE {
@@ -310,11 +309,11 @@ struct Linear {
     }
   }
 
-  // Cuts the rows into panels of 16 (SSE: 8); wider ones spread their stores over more streams than the caches follow.
+  // Cuts the rows into panels of two vectors, so that each broadcast of a weight serves two multiply-adds, then one.
   // Few rows more than eight are eight rows and the others: a panel costs as much as all its lanes.
   template <typename W>
   void rows(const W& w) const {
-    constexpr int kL = kLanes<T>, kZ = SP_VECTOR_BYTES == 64 ? 1 : 2;
+    constexpr int kL = kLanes<T>, kZ = 2;
     for (int64_t m = m0; m < m1;) {
       const int64_t left = m1 - m;
       int64_t taken = left;

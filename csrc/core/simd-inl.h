@@ -124,6 +124,34 @@ SP_INLINE void transpose8x8(const float* const* from, Vec<float, 8>* to) {
 #endif
 }
 
+#if SP_VECTOR_BYTES == 64
+// v[j][i] and v[i][j] change places, i and j in 0..15, elements of 32 bits.
+SP_INLINE void transpose16x16(__m512i* v) {
+  __m512i t[16];
+  SP_UNROLL for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  SP_UNROLL for (int i = 0; i < 16; i += 4) {
+    SP_UNROLL for (int h = 0; h < 2; ++h) {
+      v[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + 2 + h]);
+      v[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + 2 + h]);
+    }
+  }
+  // Now v[4 * a + b] holds, in its 128-bit part c, elements 4 * a .. 4 * a + 3 of column 4 * c + b.
+  SP_UNROLL for (int b = 0; b < 4; ++b) {
+    const __m512i low0 = _mm512_shuffle_i32x4(v[b], v[4 + b], 0x44), high0 = _mm512_shuffle_i32x4(v[b], v[4 + b], 0xee);
+    const __m512i low1 = _mm512_shuffle_i32x4(v[8 + b], v[12 + b], 0x44);
+    const __m512i high1 = _mm512_shuffle_i32x4(v[8 + b], v[12 + b], 0xee);
+    t[b] = _mm512_shuffle_i32x4(low0, low1, 0x88);
+    t[4 + b] = _mm512_shuffle_i32x4(low0, low1, 0xdd);
+    t[8 + b] = _mm512_shuffle_i32x4(high0, high1, 0x88);
+    t[12 + b] = _mm512_shuffle_i32x4(high0, high1, 0xdd);
+  }
+  SP_UNROLL for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+#endif
+
 // K-major panel: panel[j * kStride + i] = x[i * stride + j] for i < rows, 0 for the other i < kStride; j < length. Zero
 // for length <= j < padded. So kernels read whole vectors, whatever M, and whole blocks, whatever K. A kStride that is
 // no multiple of 4 (5 to 7: fewer cache lines than 8) needs 8 elements of slack behind the panel.
@@ -139,6 +167,24 @@ void pack_panel(const T* x, int64_t stride, int64_t rows, int64_t length, int64_
         for (int q = 0; q < 4; ++q) from[q] = q < rows ? x + q * stride + j : zeros;
         transpose4x4(from, panel + j * 4, 4);
       }
+#if SP_VECTOR_BYTES == 64
+    } else if constexpr (kStride % 16 == 0) {
+      done = length / 16 * 16;
+      for (int64_t j = 0; j < done; j += 16) {
+        for (int64_t i = 0; i < kStride; i += 16) {
+          __m512i square[16];
+          if (i + 16 <= rows) {
+            SP_UNROLL for (int q = 0; q < 16; ++q) square[q] = _mm512_loadu_si512(x + (i + q) * stride + j);
+          } else {
+            SP_UNROLL for (int q = 0; q < 16; ++q) {
+              square[q] = i + q < rows ? _mm512_loadu_si512(x + (i + q) * stride + j) : _mm512_setzero_si512();
+            }
+          }
+          transpose16x16(square);
+          SP_UNROLL for (int q = 0; q < 16; ++q) _mm512_storeu_si512(panel + (j + q) * kStride + i, square[q]);
+        }
+      }
+#endif
     } else {
       done = length / 8 * 8;
       constexpr int kGroups = kStride % 16 == 0 ? 2 : 1;  // a whole cache line of the panel at a time, where it has one
