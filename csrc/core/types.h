@@ -94,6 +94,10 @@ struct KernelTable {
   LstmGatesKernel lstm_gates_bf16;
 };
 
+// Whether the processor works on 512 bits at once: most with AVX-512 split such an operation in two halves, or have
+// permutes of that width on one port only. Set with the instruction set (core/isa.cpp); tests may change it.
+extern bool wide_datapath;
+
 // Rows of x packed together at most; the scratch of a kernel holds one such panel, K-major.
 constexpr int64_t kMaxPanel = 32;
 

@@ -114,6 +114,7 @@ torch.library.register_autograd(LINEAR, _backward, setup_context=_save)
 
 # --- kernel or reference ------------------------------------------------------------------------------------------
 _bcsr_linear = torch.ops.sparse_pathways.bcsr_linear.default
+_packed_linear = packed_linear._op  # without the overload's own Python frame, which torch.compile needs
 
 
 GRADIENT_DTYPES = (torch.float32, torch.float64)  # of the CPU kernels of gradients
@@ -269,7 +270,7 @@ def sparse_linear(
             and ready.epoch == backends.epoch
             and not (torch.is_grad_enabled() and (ready.trains or x.requires_grad or residual is not None))
         ):
-            return packed_linear(x, ready.handle, residual)
+            return _packed_linear(x, ready.handle, residual)
     except (AttributeError, RuntimeError, TypeError):
         pass  # the checks of the long way word what is wrong
     return _checked(x, packed, bias, pathway, activation, residual)
