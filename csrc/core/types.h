@@ -24,6 +24,7 @@ struct ProductArgs {
   const int32_t* begin;  // list l holds the entries begin[l] .. begin[l + 1] - 1
   const void* other;     // per entry the block column (forward) or block row (dx): uint16 or int32
   const int32_t* pos;    // per entry the index of its block in `values`; null: entry e owns block e
+  const void* arranged;  // the lists and values once more, as `Arrange` left them for this kernel, or null
   const void* bias;      // [out] or null; forward only, like scale, residual and activation
   const float* scale;    // [out] or null: what an int8 weight is multiplied by
   const void* residual;  // [M, out] or null, added last
@@ -43,6 +44,11 @@ struct ProductArgs {
 // Computes rows [m0, m1) of y for lists [l0, l1). `scratch` is 64-byte aligned and holds at least
 // `scratch_bytes(args)` bytes, private to the call.
 using ProductKernel = void (*)(const ProductArgs& args, int64_t m0, int64_t m1, int64_t l0, int64_t l1, void* scratch);
+
+// Writes lists and values to `to` (64-byte aligned) in the order in which a product kernel of the same table reads
+// them, and returns how many bytes that takes; only counts them if `to` is null. 0: the kernel has no other order for
+// such blocks. What a product does with the weight alone is so done once, for products that come again and again.
+using Arrange = size_t (*)(const ProductArgs& args, void* to);
 
 // Arguments of the gradient with respect to the weight, dw = dy.T @ x on kept blocks; lists of the forward product.
 struct WeightGradArgs {
@@ -84,6 +90,8 @@ struct KernelTable {
   ProductKernel linear_f32;
   ProductKernel linear_bf16;
   ProductKernel linear_i8;  // x and y float: rows of x are quantised on the way
+  Arrange arrange_bf16;     // for linear_bf16, as arrange_i8 for linear_i8; null: there is no other order
+  Arrange arrange_i8;
   ProductKernel linear_dx_f32;
   ProductKernel linear_dx_few_f32;
   WeightGradKernel linear_dw_f32;

@@ -34,6 +34,18 @@ inline ProductKernel linear_kernel(ScalarType values) {
   }
 }
 
+inline Arrange arrange_for(ScalarType values) {
+  const KernelTable& table = kernels();
+  switch (values) {
+    case ScalarType::BFloat16:
+      return table.arrange_bf16;
+    case ScalarType::Char:
+      return table.arrange_i8;
+    default:
+      return nullptr;
+  }
+}
+
 // Refuses operands that do not fit one another and a weight of n x k.
 inline void check_operands(const LinearOperands& w) {
   check_dense(w.values, "values", 3);

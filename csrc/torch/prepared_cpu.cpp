@@ -2,13 +2,21 @@
 //
 // A call of `bcsr_linear` costs as much as a small product, most of it for nine tensors and options that stay the same
 // from call to call. A handle stands for all of them but x. Python owns handles (ops/prepared.py): it makes one per
-// weight, pathway and bias, and releases it with them.
+// weight, pathway and bias, and releases it with them. Lists and values are arranged for their kernel at the same time
+// (types.h), a copy of the weight that the handle owns.
+#include <cstdlib>
+#include <memory>
+
 #include "torch/linear.h"
 
 namespace sp {
 namespace {
 
 constexpr uint64_t kAlive = 0x5350'4c49'4e45'4152;
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
 
 struct Prepared {
   uint64_t alive;  // kAlive until released: a stale handle is refused instead of followed, as far as that can be seen
@@ -18,12 +26,23 @@ struct Prepared {
   ProductArgs args;
   LinearOperands operands;
   const Prepared* base;  // a product that is added before bias and activation, or null; kept alive by Python
+  std::unique_ptr<void, Free> arranged;  // what args.arranged points to
 };
 
 Prepared* find(int64_t handle) {
   Prepared* prepared = reinterpret_cast<Prepared*>(handle);
   STD_TORCH_CHECK(prepared != nullptr && prepared->alive == kAlive, "handle is not of a prepared weight");
   return prepared;
+}
+
+// Without memory for a copy the product reads the tensors, as without a handle.
+void arrange(Prepared& prepared) {
+  const Arrange arrange = arrange_for(prepared.type);
+  const size_t bytes = arrange == nullptr ? 0 : arrange(prepared.args, nullptr);
+  if (bytes == 0) return;
+  prepared.arranged.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+  if (prepared.arranged != nullptr) arrange(prepared.args, prepared.arranged.get());
+  prepared.args.arranged = prepared.arranged.get();
 }
 
 int64_t prepare_linear_cpu(const Tensor& values, const Tensor& crow, const Tensor& col,
@@ -33,8 +52,10 @@ int64_t prepare_linear_cpu(const Tensor& values, const Tensor& crow, const Tenso
   check_operands(operands);
   const Prepared* added = base == 0 ? nullptr : find(base);
   STD_TORCH_CHECK(added == nullptr || (added->args.out == n && added->args.in == k), "base is of another shape");
-  return reinterpret_cast<int64_t>(
-      new Prepared{kAlive, values.scalar_type(), weight_args(operands, k), operands, added});
+  const ScalarType type = values.scalar_type();
+  auto prepared = std::make_unique<Prepared>(Prepared{kAlive, type, weight_args(operands, k), operands, added, {}});
+  arrange(*prepared);
+  return reinterpret_cast<int64_t>(prepared.release());
 }
 
 void release_linear_op(int64_t handle) {

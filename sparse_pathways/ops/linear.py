@@ -268,6 +268,7 @@ def sparse_linear(
             and ready.bias is bias
             and ready.activation == activation
             and ready.epoch == backends.epoch
+            and (ready.version is None or ready.version == packed.values._version)
             and not (torch.is_grad_enabled() and (ready.trains or x.requires_grad or residual is not None))
         ):
             return _packed_linear(x, ready.handle, residual)

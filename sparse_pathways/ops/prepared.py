@@ -1,6 +1,7 @@
 """Prepared products: `sparse_pathways::packed_linear(x, handle)`, the shortest way from Python into a CPU kernel.
 
-A handle stands for a packed weight, one pathway, a bias and an activation, all checked once. It is an eager-only short
+A handle stands for a packed weight, one pathway, a bias and an activation, all checked once, and for a copy of the
+weight in the order its kernel reads it, where the kernel has one (bfloat16, int8). It is an eager-only short
 cut for inference: under a compiler, with gradients or off the CPU, `sparse_linear` takes `bcsr_linear`.
 """
 
@@ -40,10 +41,15 @@ torch.library.register_fake(PACKED_LINEAR)(_refuse)
 packed_linear = torch.ops.sparse_pathways.packed_linear.default
 
 
+def version_of(values: Tensor) -> int | None:
+    """Count of in-place writes, at another value of which a handle is stale: it has copies. None: not counted."""
+    return None if values.is_inference() else values._version
+
+
 class Prepared:
     """Owner of one handle, with what tells whether the next call may use it."""
 
-    __slots__ = ("activation", "base", "bias", "epoch", "handle", "trains")
+    __slots__ = ("activation", "base", "bias", "epoch", "handle", "trains", "version")
 
     def __init__(
         self,
@@ -56,6 +62,7 @@ class Prepared:
         base: Prepared | None = None,
     ) -> None:
         self.bias, self.activation, self.epoch, self.handle, self.base = bias, activation, backends.epoch, 0, base
+        self.version = version_of(packed.values)
         self.trains = packed.values.requires_grad or (bias is not None and bias.requires_grad)
         self.handle = torch.ops.sparse_pathways.prepare_linear.default(
             values, *index, bias, *packed.shape, packed.scale, number, packed.quantise_x, base.handle if base else 0
@@ -85,7 +92,7 @@ def prepare(
     if packed.dtype == torch.bfloat16 or not shared.any() or torch.equal(shared, mask):
         return Prepared(packed, *packed.part(mask), bias, activation, number)
     base = packed.prepared.get(_SHARED)
-    if base is None or base.epoch != backends.epoch:
+    if base is None or base.epoch != backends.epoch or base.version != version_of(packed.values):
         base = packed.prepared[_SHARED] = Prepared(packed, *packed.part(shared))
     return Prepared(packed, *packed.part(mask & ~shared), bias, activation, number, base)
 

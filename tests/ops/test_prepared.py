@@ -69,6 +69,31 @@ def test_a_bias_changed_in_place_is_seen(packed):
         torch.testing.assert_close(sp.sparse_linear(x, packed, bias, pathway="en"), before + 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("pathway", [("en",), ("en", "fr")], ids=["alone", "of two"])
+def test_values_changed_in_place_are_seen(packed, dtype, pathway):
+    packed = sp.PackedWeight.pack(packed.unpack(), {name: packed.mask(name) for name in pathway}, dtype=dtype)
+    x = torch.randn(3, 24).to(packed.x_dtype)
+    with torch.no_grad():
+        for _ in range(2):
+            sp.sparse_linear(x, packed, pathway="en")
+        packed.values.neg_()
+        for _ in range(2):
+            y = sp.sparse_linear(x, packed, pathway="en")
+            want = torch.nn.functional.linear(x.float(), packed.unpack("en").float())
+            torch.testing.assert_close(y.float(), want, rtol=0.02, atol=0.1)
+
+
+def test_a_weight_packed_in_inference_mode_is_prepared():
+    with torch.inference_mode():
+        packed = sp.PackedWeight.pack(torch.randn(40, 24), torch.rand(5, 24) < 0.5)
+        x = torch.randn(3, 24)
+        first = sp.sparse_linear(x, packed)
+        second, ran = calls(lambda: sp.sparse_linear(x, packed))
+    assert ran == ["sparse_pathways::packed_linear"]
+    torch.testing.assert_close(first, second)
+
+
 def test_gradients_autocast_and_strides_take_the_long_way_or_the_right_one(packed):
     x = torch.randn(3, 24)
     with torch.no_grad():
