@@ -80,6 +80,7 @@ struct Epilogue {
   Y* y;
   int64_t out;
   Activation activation;
+  bool wide;   // y and initial hold sums instead: only for a Y that is narrower
   bool plain;  // nothing but a bias
 
   explicit Epilogue(const ProductArgs& args)
@@ -90,15 +91,19 @@ struct Epilogue {
         y(static_cast<Y*>(args.y)),
         out(args.out),
         activation(args.activation),
+        wide(args.wide_y && sizeof(Y) < sizeof(Acc)),
         plain(args.scale == nullptr && args.residual == nullptr && args.initial == nullptr &&
-              args.activation == Activation::kNone) {}
+              args.activation == Activation::kNone && !wide) {}
 
   template <int kN>
   SP_INLINE Vec<Acc, kN> finish(int64_t row, int64_t n, Vec<Acc, kN> sum) const {
     if constexpr (sizeof(Acc) == 4) {
       if (scale != nullptr) sum *= load<kN>(scale + n);
     }
-    if (initial != nullptr) sum += load_wide<kN>(initial + row * out + n);
+    if (initial != nullptr) {
+      const int64_t at = row * out + n;
+      sum += wide ? load<kN>(reinterpret_cast<const Acc*>(initial) + at) : load_wide<kN>(initial + at);
+    }
     if (bias != nullptr) sum += load_wide<kN>(bias + n);
     if (activation != Activation::kNone) sum = activate<Acc, kN>(sum, activation);
     if (residual != nullptr) sum += load_wide<kN>(residual + row * out + n);
@@ -119,11 +124,15 @@ struct Epilogue {
   // Out of line: kernels call `put` in many places, and the activations are long.
   template <int kN>
   __attribute__((noinline)) void put_other(int64_t row, int64_t n, Vec<Acc, kN> sum, int64_t live) const {
+    if (live <= 0) return;
+    if (wide) {
+      put_wide<kN>(row, n, sum, live);
+      return;
+    }
     if (live >= kN) {
       store_narrow<kN>(y + row * out + n, finish<kN>(row, n, sum));
       return;
     }
-    if (live <= 0) return;
     // The same on copies that are long enough.
     float scales[kN] = {};
     Y biases[kN] = {}, initials[kN] = {}, residuals[kN] = {}, ys[kN];
@@ -139,6 +148,19 @@ struct Epilogue {
     take(copy.residual, residuals, row * out + n);
     store_narrow<kN>(ys, copy.template finish<kN>(0, 0, sum));
     for (int64_t i = 0; i < kN - 1 && i < live; ++i) y[row * out + n + i] = ys[i];
+  }
+
+  template <int kN>
+  void put_wide(int64_t row, int64_t n, Vec<Acc, kN> sum, int64_t live) const {
+    Acc* to = reinterpret_cast<Acc*>(y) + row * out + n;
+    if (live >= kN) {
+      store<kN>(to, finish<kN>(row, n, sum));
+      return;
+    }
+    const Acc* from = reinterpret_cast<const Acc*>(initial) + row * out + n;
+    for (int64_t i = 0; i < kN - 1 && i < live; ++i) {  // bf16, so there is no scale; nor has a sum an activation
+      to[i] = sum[i] + (initial == nullptr ? 0 : from[i]) + (bias == nullptr ? 0 : load_wide<1>(bias + n + i)[0]);
+    }
   }
 };
 
@@ -189,7 +211,7 @@ template <int kWidth, typename Y, typename Acc>
 void put_tile(const Epilogue<Y, Acc>& epilogue, const Acc* tile, int64_t row, int64_t rows, int64_t n, int64_t count) {
 #if SP_VECTOR_BYTES == 64
   if constexpr (sizeof(Acc) == 4) {
-    if (count == kTileOutputs<Y> && epilogue.residual == nullptr && epilogue.initial == nullptr) {
+    if (count == kTileOutputs<Y> && epilogue.residual == nullptr && epilogue.initial == nullptr && !epilogue.wide) {
       const Y* bias = epilogue.bias;
       alignas(64) float finished[kTileOutputs<Y> * kWidth];
       if (!epilogue.plain) {  // before the transposition: of an output, all rows have the same scale and bias

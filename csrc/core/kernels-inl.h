@@ -22,9 +22,6 @@ constexpr KernelTable kernels_named(const char* name) {
       .linear_dx_f32 = &linear_dx<float>,
       .linear_dx_few_f32 = &linear_dx_few,
       .linear_dw_f32 = kWeightGrad<float>,
-      .lstm_f32 = &lstm_step<float, float>,
-      .lstm_bf16 = &lstm_step<Bf16, Bf16>,
-      .lstm_i8 = &lstm_step<float, int8_t>,
       .lstm_gates_f32 = &lstm_gates<float, float>,
       .lstm_gates_bf16 = &lstm_gates<Bf16, float>,
   };

@@ -30,6 +30,7 @@ struct ProductArgs {
   const void* residual;  // [M, out] or null, added last
   const void* initial;   // [M, out] or null, added before the bias; may be y itself
   void* y;               // [M, out], row-major, contiguous, every cell written
+  bool wide_y;           // bf16 only: y and initial are float, rounded nowhere
   int64_t m;             // rows of x and y
   int64_t in;            // length of a row of x
   int64_t out;           // length of a row of y
@@ -79,10 +80,10 @@ struct WeightGradKernel {
   void (*product)(const WeightGradArgs& args, int64_t m0, int64_t m1, int64_t l0, int64_t l1, const void* columns,
                   void* scratch);
 };
-// Units [8 * u0, 8 * u1) of an LSTM step, and the rest of a step from its gates on, rows [m0, m1): see core/lstm.h.
+
+// A step of an LSTM from its gates on: see core/lstm.h.
 struct LstmStep;
-using LstmStepKernel = void (*)(const LstmStep& step, int64_t u0, int64_t u1, void* scratch);
-using LstmGatesKernel = void (*)(const LstmStep& step, int64_t m0, int64_t m1);
+using LstmGatesKernel = void (*)(const LstmStep& step);
 
 // The kernels of one instruction set, by dtype of the weight; null: there is none, the caller takes another backend.
 struct KernelTable {
@@ -95,9 +96,6 @@ struct KernelTable {
   ProductKernel linear_dx_f32;
   ProductKernel linear_dx_few_f32;
   WeightGradKernel linear_dw_f32;
-  LstmStepKernel lstm_f32;
-  LstmStepKernel lstm_bf16;
-  LstmStepKernel lstm_i8;  // x and y float
   LstmGatesKernel lstm_gates_f32;
   LstmGatesKernel lstm_gates_bf16;
 };

@@ -4,36 +4,10 @@
 // from call to call. A handle stands for all of them but x. Python owns handles (ops/prepared.py): it makes one per
 // weight, pathway and bias, and releases it with them. Lists and values are arranged for their kernel at the same time
 // (types.h), a copy of the weight that the handle owns.
-#include <cstdlib>
-#include <memory>
-
-#include "torch/linear.h"
+#include "torch/prepared.h"
 
 namespace sp {
 namespace {
-
-constexpr uint64_t kAlive = 0x5350'4c49'4e45'4152;
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
-struct Prepared {
-  uint64_t alive;  // kAlive until released: a stale handle is refused instead of followed, as far as that can be seen
-  ScalarType type;
-  // Read at the first call for all: to ask six tensors for their memory at each call touches two dozen cache lines. The
-  // bias is asked each time, since `bias.data = ...` is a habit; PackedWeight's own tensors are not reassigned.
-  ProductArgs args;
-  LinearOperands operands;
-  const Prepared* base;  // a product that is added before bias and activation, or null; kept alive by Python
-  std::unique_ptr<void, Free> arranged;  // what args.arranged points to
-};
-
-Prepared* find(int64_t handle) {
-  Prepared* prepared = reinterpret_cast<Prepared*>(handle);
-  STD_TORCH_CHECK(prepared != nullptr && prepared->alive == kAlive, "handle is not of a prepared weight");
-  return prepared;
-}
 
 // Without memory for a copy the product reads the tensors, as without a handle.
 void arrange(Prepared& prepared) {
@@ -50,7 +24,7 @@ int64_t prepare_linear_cpu(const Tensor& values, const Tensor& crow, const Tenso
                            const std::optional<Tensor>& scale, int64_t activation, bool quantise_x, int64_t base) {
   const LinearOperands operands{values, crow, col, pos, scale, bias, n, activation, quantise_x};
   check_operands(operands);
-  const Prepared* added = base == 0 ? nullptr : find(base);
+  const Prepared* added = base == 0 ? nullptr : find_prepared(base);
   STD_TORCH_CHECK(added == nullptr || (added->args.out == n && added->args.in == k), "base is of another shape");
   const ScalarType type = values.scalar_type();
   auto prepared = std::make_unique<Prepared>(Prepared{kAlive, type, weight_args(operands, k), operands, added, {}});
@@ -59,7 +33,7 @@ int64_t prepare_linear_cpu(const Tensor& values, const Tensor& crow, const Tenso
 }
 
 void release_linear_op(int64_t handle) {
-  Prepared* prepared = find(handle);
+  Prepared* prepared = find_prepared(handle);
   prepared->alive = 0;
   delete prepared;
 }
@@ -72,7 +46,7 @@ Tensor product(const Tensor& x, const Prepared& weight, const std::optional<Tens
 
 // x [..., K] of the weight's x_dtype, any strides.
 Tensor packed_linear_cpu(const Tensor& x, int64_t handle, const std::optional<Tensor>& residual) {
-  const Prepared& weight = *find(handle);
+  const Prepared& weight = *find_prepared(handle);
   return product(x.is_contiguous() ? x : torch::stable::contiguous(x), weight, residual);
 }
 

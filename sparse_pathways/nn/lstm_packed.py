@@ -1,4 +1,4 @@
-"""PackedLSTM and PackedLayerNormLSTM: inference forms of LSTMs, run by the fused step.
+"""PackedLSTM and PackedLayerNormLSTM: inference forms of LSTMs, run by one operator a layer.
 
 They hold ordinary PackedLinear layers, so that pathways, files and everything else that looks at layers finds them;
 only the forward is their own.
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from sparse_pathways.nn.linear import PackedLinear
 from sparse_pathways.ops.linear import autocast_dtype
-from sparse_pathways.ops.lstm import Norm, Prepared, Weight, kernel_name, run, sparse_lstm
+from sparse_pathways.ops.lstm import Norm, Prepared, Weight, kernel_name, sparse_lstm
 
 State = tuple[Tensor, Tensor]
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -44,12 +44,8 @@ def _weights(ih: PackedLinear, hh: PackedLinear) -> tuple[Weight, Weight]:
 def _words(ih: PackedLinear, hh: PackedLinear, rows: int) -> str:
     name = kernel_name(ih.packed, hh.packed)
     if name == "reference":
-        return f"{rows} rows: two products and PyTorch's own functions: no fused step for these weights"
-    eights = ih.packed.block[0] % 8 == 0 and hh.packed.block[0] % 8 == 0 and hh.in_features % 8 == 0
-    if rows <= 8 and eights and ih.packed.dtype != torch.float64:
-        return f"{rows} rows: {name}, fused: products, gates and state in one pass"
-    why = "more than 8 rows" if rows > 8 else "blocks or units that are no multiple of 8, or float64"
-    return f"{rows} rows: {name}, products first and then the gates, because of {why}"
+        return f"{rows} rows: two products and PyTorch's own functions: no operator for these weights"
+    return f"{rows} rows: {name}: two products into one buffer, gates and state from there, in one call"
 
 
 class PackedLSTM(nn.Module):
@@ -117,14 +113,13 @@ class PackedLSTM(nn.Module):
 
     def _fast(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, State] | None:
         """One layer, one direction, weights as in the last call: checked by the operator; None: go the long way."""
-        arguments = self._prepared[0].find(*_weights(*self._pair(0)))
-        if arguments is None or x.dim() != 3 or x.size(2) != self.input_size or h.dim() != 3 or h.size(0) != 1:
+        if x.dim() != 3 or x.size(2) != self.input_size or h.dim() != 3 or h.size(0) != 1:
             return None
         try:
-            y, h, c = run(x, h, c, arguments)
+            result = self._prepared[0].run(x, h, c, *_weights(*self._pair(0)))
         except RuntimeError:
             return None  # something does not fit: the long way has the words
-        return y, (h, c)
+        return None if result is None else (result[0], result[1:])
 
     def _check_dtypes(self, x: Tensor, h: Tensor, c: Tensor) -> None:
         packed = self._pair(0)[0].packed
@@ -143,11 +138,11 @@ class PackedLSTM(nn.Module):
             for number in range(layer * directions, (layer + 1) * directions):
                 weights, prepared = _weights(*self._pair(number)), self._prepared[number]
                 reverse = number % directions == 1
-                if (arguments := prepared.find(*weights)) is not None:
-                    y, *state = run(x, h[number], c[number], arguments)
-                else:
-                    y, *state = sparse_lstm(x, h[number], c[number], *weights, reverse=reverse)
+                result = prepared.run(x, h[number], c[number], *weights)
+                if result is None:
+                    result = sparse_lstm(x, h[number], c[number], *weights, reverse=reverse)
                     prepared.keep(*weights, reverse=reverse)
+                y, *state = result
                 outputs.append(y)
                 states.append(state)
             x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
@@ -214,11 +209,10 @@ class PackedLayerNormLSTM(nn.Module):
         weights = _weights(x2g, modules["p2g"])  # type: ignore[arg-type]
         if state is not None and input.dim() == 3 and input.size(2) == weights[0].packed.shape[1]:
             h, c = state
-            arguments = self._prepared.find(*weights, norm)
-            if arguments is not None and h.dim() == 2 and h.size(0) == input.size(1):
+            if h.dim() == 2 and h.size(0) == input.size(1):
                 try:
-                    y, h, c = run(input, h, c, arguments)
-                    return y, [h, c]
+                    if (result := self._prepared.run(input, h, c, *weights, norm)) is not None:
+                        return result[0], list(result[1:])
                 except RuntimeError:
                     pass  # something does not fit: the checks below find the words
         return self._checked(input, state, weights, norm)

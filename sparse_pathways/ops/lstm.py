@@ -2,7 +2,7 @@
 
 Here: schema, fake, PyTorch reference, the differentiable form, and the public `sparse_lstm_cell`. Kernel:
 csrc/torch/lstm_cpu.cpp (CPU); other devices and dtypes, gradients and mixed pathways take the composition of
-`sparse_linear` and PyTorch's own functions, `compose`.
+`sparse_linear` and PyTorch's own functions, `compose`. `packed_lstm` is the same on prepared weights (prepared.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 from sparse_pathways.layout.packed import PackedWeight
 from sparse_pathways.ops import backends
 from sparse_pathways.ops.linear import _wants_grad, autocast_dtype, sparse_linear
+from sparse_pathways.ops.prepared import Prepared as PreparedWeight
+from sparse_pathways.ops.prepared import eager_only, prepare
 from sparse_pathways.ops.reference import reference_linear
 
 LSTM = "sparse_pathways::bcsr_lstm"
@@ -30,6 +32,14 @@ torch.library.define(
     "Tensor? g_bias=None, Tensor? c_weight=None, Tensor? c_bias=None, float g_eps=0.0, float c_eps=0.0, "
     "bool reverse=False, bool quantise_x=False) -> (Tensor, Tensor, Tensor)",
 )
+
+
+torch.library.define(
+    "sparse_pathways::packed_lstm",
+    "(Tensor x, Tensor h, Tensor c, int ih, int hh, Tensor? g_weight=None, Tensor? g_bias=None, Tensor? c_weight=None, "
+    "Tensor? c_bias=None, float g_eps=0.0, float c_eps=0.0, bool reverse=False) -> (Tensor, Tensor, Tensor)",
+)
+eager_only("packed_lstm")
 
 
 class Norm(NamedTuple):
@@ -120,7 +130,7 @@ def _fake(x, h, c, *rest, **named):  # type: ignore[no-untyped-def]
 
 
 _bcsr_lstm = torch.ops.sparse_pathways.bcsr_lstm.default
-_bcsr_lstm_bare = _bcsr_lstm._op  # without the overload's own Python frame, which torch.compile needs
+_packed_lstm = torch.ops.sparse_pathways.packed_lstm.default._op  # as for packed_linear
 
 
 def kernel_name(ih: PackedWeight, hh: PackedWeight) -> str:
@@ -133,63 +143,75 @@ def kernel_name(ih: PackedWeight, hh: PackedWeight) -> str:
     return names.pop() if len(names) == 1 and names.isdisjoint({"reference", "triton"}) else "reference"
 
 
-def prepare(ih: Weight, hh: Weight, norm: Norm | None = None, reverse: bool = False) -> tuple[Any, ...] | None:
-    """All arguments of the operator but x, h and c; None where `compose` has to serve.
-
-    They hold as long as the weights, the pathways and the forced backend do.
-    """
+def _served(ih: Weight, hh: Weight) -> bool:
+    """Whether the operators take these weights; `compose` takes all."""
     one_pathway = not isinstance(ih.pathway, Tensor) and not isinstance(hh.pathway, Tensor)
-    if not one_pathway or ih.packed.dtype != hh.packed.dtype or kernel_name(ih.packed, hh.packed) == "reference":
-        return None
-    quantise_x = ih.packed.quantise_x
-    if quantise_x != hh.packed.quantise_x:
-        return None
-    arguments: list[Any] = []
+    same = ih.packed.dtype == hh.packed.dtype and ih.packed.quantise_x == hh.packed.quantise_x
+    return one_pathway and same and kernel_name(ih.packed, hh.packed) != "reference"
+
+
+def _whole(x: Tensor, h: Tensor, c: Tensor, ih: Weight, hh: Weight, norm: Norm | None, reverse: bool):  # type: ignore[no-untyped-def]
+    """`bcsr_lstm` with all its arguments."""
+    weights: list[Any] = []
     for packed, bias, pathway in (ih, hh):
         index = packed.index(pathway)  # type: ignore[arg-type]
-        arguments += [packed.values, *index, packed.scale, None if bias is None else bias.contiguous()]
-    if norm is not None or reverse or quantise_x:  # every argument takes time, defaults too
-        arguments += (*(norm or (None, None, None, None, 0.0, 0.0)), reverse, quantise_x)
-    return tuple(arguments)
-
-
-def run(x: Tensor, h: Tensor, c: Tensor, prepared: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator, for calls that need no gradient: it has none, and ends in PyTorch's own refusal."""
-    op = _bcsr_lstm if torch.compiler.is_compiling() else _bcsr_lstm_bare
-    return op(x.contiguous(), h.contiguous(), c.contiguous(), *prepared)
+        weights += [packed.values, *index, packed.scale, None if bias is None else bias.contiguous()]
+    norms = norm or (None, None, None, None, 0.0, 0.0)
+    return _bcsr_lstm(x.contiguous(), h.contiguous(), c.contiguous(), *weights, *norms, reverse, ih.packed.quantise_x)
 
 
 class Prepared:
-    """The operator's arguments of one layer and direction, kept until one of the parts they are made of is another.
+    """The weights of one layer and direction prepared, kept until one of the parts they are made of is another.
 
     Checking shapes and looking up index lists in Python takes longer than the fastest kernels: a call that finds its
     arguments here makes neither, and leaves the checks of shapes to the operator.
     """
 
-    __slots__ = ("_arguments", "_ids", "_parts")
+    __slots__ = ("_arguments", "_ids", "_parts", "_weights")
 
     def __init__(self) -> None:
         self._ids: tuple[int, ...] = ()
         self._parts: tuple[Any, ...] = ()
+        self._weights: tuple[PreparedWeight, ...] = ()
         self._arguments: tuple[Any, ...] | None = None
 
     def __reduce__(self) -> tuple[type[Prepared], tuple[()]]:
         return Prepared, ()  # a copy has parts of its own
 
-    def find(self, ih: Weight, hh: Weight, norm: Norm | None = None) -> tuple[Any, ...] | None:
-        """The arguments that `keep` got for these very objects, if a call may use them as it is; else None."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+    def run(
+        self, x: Tensor, h: Tensor, c: Tensor, ih: Weight, hh: Weight, norm: Norm | None = None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The layer, if `keep` got these very objects and a call may use them as they are; else None.
+
+        Raises:
+            RuntimeError: shapes or dtypes do not fit.
+        """
+        arguments = self._arguments
+        if (
+            arguments is None
+            or torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or torch._C._is_any_autocast_enabled()
+            or tuple(map(id, (*ih, *hh, *(norm or ())))) != self._ids
+            or any(weight.is_stale() for weight in self._weights)
+        ):
             return None
-        ids = tuple(map(id, (*ih, *hh, backends.forced_name(), *(norm or ()))))
-        return self._arguments if ids == self._ids else None
+        return _packed_lstm(x.contiguous(), h.contiguous(), c.contiguous(), *arguments)
 
     def keep(self, ih: Weight, hh: Weight, norm: Norm | None = None, reverse: bool = False) -> None:
         """Prepare for the next call, after one that was checked."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        self._arguments = None
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _served(ih, hh):
             return
-        parts = (*ih, *hh, backends.forced_name(), *(norm or ()))
-        self._arguments = prepare(ih, hh, norm, reverse)
-        self._parts, self._ids = parts, tuple(map(id, parts))  # an id is good only while its object lives
+        self._parts = (*ih, *hh, *(norm or ()))
+        self._ids = tuple(map(id, self._parts))  # an id is good only while its object lives
+        self._weights = tuple(
+            prepare(packed, pathway, None if bias is None else bias.contiguous(), None, 0)  # type: ignore[arg-type]
+            for packed, bias, pathway in (ih, hh)
+        )
+        handles = [weight.handle for weight in self._weights]
+        last = (*(norm or (None, None, None, None, 0.0, 0.0)), reverse) if reverse else norm or ()
+        self._arguments = (*handles, *last)  # every argument takes time, defaults too
 
 
 def compose(
@@ -225,8 +247,8 @@ def sparse_lstm(
         return y.to(low), h.to(low), c.to(low)
     trained = () if norm is None else norm[:4]
     if not _wants_grad(x, h, c, ih.packed.values, ih.bias, hh.packed.values, hh.bias, *trained):
-        if (prepared := prepare(ih, hh, norm, reverse)) is not None:
-            return run(x, h, c, prepared)
+        if _served(ih, hh):
+            return _whole(x, h, c, ih, hh, norm, reverse)
     return compose(x, h, c, ih, hh, norm, reverse)
 
 
@@ -280,11 +302,11 @@ def sparse_lstm_cell(
     ih, hh = Weight(w_ih, b_ih, pathway), Weight(w_hh, b_hh, pathway)
     prepared = getattr(w_hh, "_lstm_prepared", None)
     if prepared is not None and x.dim() == 2 and x.size(0) == len(h) and x.size(1) == w_ih.shape[1]:
-        if (arguments := prepared.find(ih, hh)) is not None:
-            try:
-                return run(x, h, c, arguments)[1:]  # type: ignore[return-value]
-            except RuntimeError:
-                pass  # something does not fit: the checks below find the words
+        try:
+            if (result := prepared.run(x, h, c, ih, hh)) is not None:
+                return result[1:]
+        except RuntimeError:
+            pass  # something does not fit: the checks below find the words
     for name, weight in (("w_ih", w_ih), ("w_hh", w_hh)):
         if not isinstance(weight, PackedWeight):
             raise TypeError(f"{name} is a {type(weight).__name__}; want a PackedWeight")

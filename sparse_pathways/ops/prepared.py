@@ -26,17 +26,24 @@ torch.library.define("sparse_pathways::release_linear", "(int handle) -> ()")
 torch.library.define(PACKED_LINEAR, "(Tensor x, int handle, Tensor? residual=None) -> Tensor")
 
 _LIBRARY = torch.library.Library("sparse_pathways", "IMPL")
-# Gradients never come here (`sparse_linear` sees to it), so autograd has nothing to record: no detour, no graph node.
-_LIBRARY.impl("packed_linear", torch.library.fallthrough_kernel, "Autograd")
-_LIBRARY.impl("packed_linear", torch.library.fallthrough_kernel, "ADInplaceOrView")
 
 
 def _refuse(*_: object) -> Tensor:
-    raise RuntimeError("packed_linear is for eager calls outside autocast")
+    raise RuntimeError("operators on handles are for eager calls outside autocast")
 
 
-_LIBRARY.impl("packed_linear", _refuse, "AutocastCPU")
-torch.library.register_fake(PACKED_LINEAR)(_refuse)
+def eager_only(name: str) -> None:
+    """Keep compilers and autocast away from an operator that takes handles, and autograd out of its way.
+
+    Gradients never come to it (its callers see to that), so autograd has nothing to record: no detour, no graph node.
+    """
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "ADInplaceOrView")
+    _LIBRARY.impl(name, _refuse, "AutocastCPU")
+    torch.library.register_fake(f"sparse_pathways::{name}")(_refuse)
+
+
+eager_only("packed_linear")
 
 packed_linear = torch.ops.sparse_pathways.packed_linear.default
 
@@ -49,7 +56,7 @@ def version_of(values: Tensor) -> int | None:
 class Prepared:
     """Owner of one handle, with what tells whether the next call may use it."""
 
-    __slots__ = ("activation", "base", "bias", "epoch", "handle", "trains", "version")
+    __slots__ = ("activation", "base", "bias", "epoch", "handle", "trains", "values", "version")
 
     def __init__(
         self,
@@ -62,11 +69,15 @@ class Prepared:
         base: Prepared | None = None,
     ) -> None:
         self.bias, self.activation, self.epoch, self.handle, self.base = bias, activation, backends.epoch, 0, base
-        self.version = version_of(packed.values)
+        self.values, self.version = packed.values, version_of(packed.values)
         self.trains = packed.values.requires_grad or (bias is not None and bias.requires_grad)
         self.handle = torch.ops.sparse_pathways.prepare_linear.default(
             values, *index, bias, *packed.shape, packed.scale, number, packed.quantise_x, base.handle if base else 0
         )
+
+    def is_stale(self) -> bool:
+        """Whether the values or the forced backend have changed."""
+        return self.epoch != backends.epoch or (self.version is not None and self.version != self.values._version)
 
     def __del__(self, release=torch.ops.sparse_pathways.release_linear.default, finalizing=sys.is_finalizing) -> None:  # type: ignore[no-untyped-def]
         # Bound as defaults: when the interpreter ends, the modules may be gone before the last weight.

@@ -1,0 +1,34 @@
+// A packed weight of which everything but x was looked at once: prepared_cpu.cpp makes it, Python owns its handle.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+
+#include "torch/linear.h"
+
+namespace sp {
+
+constexpr uint64_t kAlive = 0x5350'4c49'4e45'4152;
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+struct Prepared {
+  uint64_t alive;  // kAlive until released: a stale handle is refused instead of followed, as far as that can be seen
+  ScalarType type;
+  // Read at the first call for all: to ask six tensors for their memory at each call touches two dozen cache lines. The
+  // bias is asked each time, since `bias.data = ...` is a habit; PackedWeight's own tensors are not reassigned.
+  ProductArgs args;
+  LinearOperands operands;
+  const Prepared* base;  // a product that is added before bias and activation, or null; kept alive by Python
+  std::unique_ptr<void, Free> arranged;  // what args.arranged points to
+};
+
+inline Prepared* find_prepared(int64_t handle) {
+  Prepared* prepared = reinterpret_cast<Prepared*>(handle);
+  STD_TORCH_CHECK(prepared != nullptr && prepared->alive == kAlive, "handle is not of a prepared weight");
+  return prepared;
+}
+
+}  // namespace sp
