@@ -250,7 +250,9 @@ struct QuadSums {
   const __m512i low = bytes([](int lane, int j) { return j / 2 * 64 + j % 2 * kWidth + lane; });
   const __m512i high = bytes([](int lane, int j) { return j / 2 * 64 + j % 2 * kWidth + 16 + lane; });
 
-  SP_INLINE void add(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d, const uint32_t* weights) {
+  // weights[r * kStep]: the quad of output r.
+  template <int kStep = 1>
+  SP_INLINE void add(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d, const void* weights) {
     __m512i x[kZ];
     if constexpr (kZ == 2) {
       const __m512i ab = _mm512_inserti64x4(_mm512_castsi256_si512(load32(a)), load32(b), 1);
@@ -266,7 +268,9 @@ struct QuadSums {
       x[0] = _mm512_permutex2var_epi8(two(a, b), low, two(c, d));
     }
     SP_UNROLL for (int r = 0; r < kS; ++r) {
-      const __m512i w = _mm512_set1_epi32(static_cast<int>(weights[r]));
+      int32_t four;
+      memcpy(&four, static_cast<const char*>(weights) + 4 * kStep * r, 4);
+      const __m512i w = _mm512_set1_epi32(four);
       SP_UNROLL for (int z = 0; z < kZ; ++z) sum[r][z] = _mm512_dpbusd_epi32(sum[r][z], x[z], w);
     }
   }

@@ -18,7 +18,7 @@ constexpr KernelTable kernels_named(const char* name) {
       .linear_bf16 = &linear_bf16,
       .linear_i8 = &linear_i8,
       .arrange_bf16 = nullptr,
-      .arrange_i8 = nullptr,
+      .arrange_i8 = kArrangeI8,
       .linear_dx_f32 = &linear_dx<float>,
       .linear_dx_few_f32 = &linear_dx_few,
       .linear_dw_f32 = kWeightGrad<float>,

@@ -11,6 +11,7 @@
 // Cost   quantised: dot_i8-inl.h where the instruction set has vpdpbusd; all else: widen-inl.h, the speed of fp32
 #pragma once
 
+#include "core/arranged_i8-inl.h"
 #include "core/dot_i8-inl.h"
 #include "core/widen-inl.h"
 
@@ -39,6 +40,15 @@ struct RowScale {
   float factor;   // x is about q * factor
 };
 
+// From the bits of the row's max |x|.
+inline RowScale scale_of(uint32_t peak) {
+  float largest;
+  memcpy(&largest, &peak, 4);
+  if (peak >= 0x7f800000u) return {0.0f, __builtin_nanf("")};
+  if (largest < 0x1p-119f) return {0.0f, 0.0f};
+  return {127.0f / largest, largest / 127.0f};
+}
+
 inline RowScale row_scale(const float* x, int64_t length) {
   using U = Vec<uint32_t, kLanes<float>>;
   constexpr int kL = kLanes<float>;
@@ -58,11 +68,7 @@ inline RowScale row_scale(const float* x, int64_t length) {
     one &= 0x7fffffffu;
     peak = one > peak ? one : peak;
   }
-  float largest;
-  memcpy(&largest, &peak, 4);
-  if (peak >= 0x7f800000u) return {0.0f, __builtin_nanf("")};
-  if (largest < 0x1p-119f) return {0.0f, 0.0f};
-  return {127.0f / largest, largest / 127.0f};
+  return scale_of(peak);
 }
 
 struct LinearI8 {
@@ -233,13 +239,86 @@ struct LinearI8 {
       m += taken;
     }
   }
+
+  void arranged() const { slice_height(args) == 8 ? arranged_by<8>() : arranged_by<4>(); }
+
+  template <int kS>
+  void arranged_by() const {
+    alignas(64) float factors[kMaxPanel] = {};
+    const ArrangedI8 product(args, factors);
+    const int64_t s0 = l0 * args.r / kS, s1 = l1 * args.r / kS;
+    const int64_t stride = whole_lines(args.in) + kLine;  // the lookup reads the line after the last, too
+    uint8_t* x = reinterpret_cast<uint8_t*>(scratch);
+    uint8_t* panel = x + kMaxPanel * stride;
+    for (int64_t m = m0, taken; m < m1; m += taken) {
+      const int64_t left = m1 - m;
+      taken = left > 24 ? (left < 32 ? left : 32) : left > 16 ? 16 : left;
+      for (int64_t i = 0; i < taken; ++i) {
+        const RowScale row = scale_of(peak_bits(x_row(m + i), args.in));
+        factors[i] = row.factor;
+        quantise_row(x_row(m + i), args.in, row.inverse, x + i * stride);
+      }
+      const auto lookup = [&](auto rows) { product.by_lookup<kS, decltype(rows)::value>(x, stride, m, s0, s1); };
+      const auto columns = [&](auto rows) {
+        constexpr int kM = decltype(rows)::value;
+        if constexpr (kS == 8) {
+          turn_rows<kM <= 4 ? 4 : 8>(x, stride, taken, args.in, panel);
+          product.by_columns<kM>(panel, m, s0, s1);
+        } else {
+          lookup(rows);
+        }
+      };
+      const auto panels = [&](auto vectors) {
+        constexpr int kZ = decltype(vectors)::value;
+        turn_rows<16 * kZ>(x, stride, taken, args.in, panel);
+        product.by_panel<kS, kZ>(panel, m, taken, s0, s1);
+      };
+      switch (taken) {
+        case 1:
+          lookup(Int<1>{});
+          break;
+        case 2:
+          lookup(Int<2>{});
+          break;
+        case 3:
+          lookup(Int<3>{});
+          break;
+        case 4:
+          columns(Int<4>{});
+          break;
+        case 5:
+          columns(Int<5>{});
+          break;
+        case 6:
+          columns(Int<6>{});
+          break;
+        case 7:
+          columns(Int<7>{});
+          break;
+        case 8:
+          columns(Int<8>{});
+          break;
+        default:
+          taken <= 16 ? panels(Int<1>{}) : panels(Int<2>{});
+      }
+    }
+  }
 #endif
 };
 
 void linear_i8(const ProductArgs& args, int64_t m0, int64_t m1, int64_t l0, int64_t l1, void* scratch) {
   const LinearI8 product{args, m0, m1, l0, l1, static_cast<float*>(scratch)};
+#if defined(SP_DOT_I8)
+  if (args.arranged != nullptr) return product.arranged();
+#endif
   with_lists<int8_t>(args, [&](const auto& lists) { product.rows(lists); });
 }
+
+#if defined(SP_DOT_I8)
+constexpr Arrange kArrangeI8 = &arrange_i8;
+#else
+constexpr Arrange kArrangeI8 = nullptr;
+#endif
 
 }  // namespace
 }  // namespace sp
