@@ -122,8 +122,14 @@ constexpr int64_t kFewRows = 4;  // of dy, in csrc/torch/train_cpu.cpp
 template <typename X, typename W>
 class Check {
  public:
-  Check(const char* what, const char* isa, ProductKernel kernel, Product product, double unit)
-      : what_(what), isa_(isa), kernel_(kernel), product_(product), dx_(product != Product::kForward), unit_(unit) {}
+  Check(const char* what, const char* isa, ProductKernel kernel, Product product, double unit, Arrange arrange)
+      : what_(what),
+        isa_(isa),
+        kernel_(kernel),
+        arrange_(arrange),
+        product_(product),
+        dx_(product != Product::kForward),
+        unit_(unit) {}
 
   // False if a result is wrong.
   bool run(const Shape& shape, double density, bool narrow, bool indirect) {
@@ -194,6 +200,11 @@ class Check {
       args.residual = rng() % 2 ? residual.data.get() : nullptr;
       args.activation = static_cast<Activation>(rng() % 5);
     }
+    Buffer<char> arranged(arrange_ != nullptr && rng() % 2 ? arrange_(args, nullptr) : 0);
+    if (arranged.size > 0) {
+      arrange_(args, arranged.data.get());
+      args.arranged = arranged.data.get();
+    }
     in_shares(args);
     if (fault != Fault::kNone && args.m > 0) plant(args, pool, sizeof(W));
     ++products;
@@ -258,6 +269,7 @@ class Check {
   const char* what_;
   const char* isa_;
   ProductKernel kernel_;
+  Arrange arrange_;
   Product product_;
   bool dx_;
   double unit_;
@@ -268,12 +280,13 @@ constexpr int64_t kBlocks[][2] = {{8, 1}, {16, 1}, {8, 4}, {4, 4}, {1, 1}, {3, 5
 constexpr int64_t kShapes[][2] = {{40, 32}, {37, 53}, {8, 7}, {65, 130}};
 
 template <typename X, typename W>
-bool check(const char* what, const char* isa, ProductKernel kernel, Product product, double unit) {
+bool check(const char* what, const char* isa, ProductKernel kernel, Product product, double unit,
+           Arrange arrange = nullptr) {
   if (kernel == nullptr) {
     printf("%-10s %-17s none\n", isa, what);
     return true;
   }
-  Check<X, W> one(what, isa, kernel, product, unit);
+  Check<X, W> one(what, isa, kernel, product, unit, arrange);
   bool good = true;
   for (const auto& [n, k] : kShapes) {
     for (const auto& [r, c] : kBlocks) {
@@ -296,8 +309,9 @@ bool check_all() {
     set_isa(level);
     const KernelTable& table = kernels();
     good &= check<float, float>("linear_f32", table.name, table.linear_f32, Product::kForward, kSingle);
-    good &= check<Bf16, Bf16>("linear_bf16", table.name, table.linear_bf16, Product::kForward, kDot);
-    good &= check<float, int8_t>("linear_i8", table.name, table.linear_i8, Product::kForward, kDot);
+    good &=
+        check<Bf16, Bf16>("linear_bf16", table.name, table.linear_bf16, Product::kForward, kDot, table.arrange_bf16);
+    good &= check<float, int8_t>("linear_i8", table.name, table.linear_i8, Product::kForward, kDot, table.arrange_i8);
     good &= check<float, float>("linear_dx_f32", table.name, table.linear_dx_f32, Product::kDx, kSingle);
     good &= check<float, float>("linear_dx_few_f32", table.name, table.linear_dx_few_f32, Product::kDxFew, kSingle);
   }
