@@ -1,13 +1,17 @@
 // bf16 products by vdpbf16ps: every dword lane adds two products, of an input pair (a, b) with the weights of one
 // output.
 //
-// A pair is two columns of one block row: two consecutive blocks when C = 1, else two neighbours in a block. Weights
-// are stored column by column, so a vpermw makes the pairs of eight outputs; those of x come from a panel [K][rows].
-// Maths  vdpbf16ps: products exact, sums float, denormal operands and results taken as zero
-// Cost   M in 2..8: a Zen 4 spends 2 to 3 cycles a block on permutes and dot products together. Above: bound by the dot
-//        products (one 512-bit a cycle), the weights of a block row are paired once per panel in a buffer in L1
+// A pair is two columns of one slice, the eight (or last fewer) outputs of a block row: weights [pair][8][2], the
+// columns of x [pair][2]. An even number of pairs: what is missing has weights 0 and names a column that x does not
+// have, whose input is 0. Made once for a prepared product (arrange_bf16), else slice by slice into a buffer.
+// Maths  vdpbf16ps: products exact, sums float, denormal operands and results taken as zero. M = 1: float multiply-adds
+// Cost   bound by loads or dot products, whichever are more (a Zen 5 does two of each per cycle, 512 bits wide, a Zen 4
+//        one), per pair: M = 1 2.5 / 2 loads; M = 2..4 3 loads; M = 5..8 4 and 4; above, per eight rows 4 dot products,
+//        with 6 loads for up to 32 rows
 #pragma once
 
+#include "core/interleave-inl.h"
+#include "core/lines-inl.h"
 #include "core/widen-inl.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
@@ -17,254 +21,301 @@ namespace {
 
 SP_INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
-// Index vector of a permute of words: index(dword, half). Opaque to the compiler, which would read a constant from
-// memory at every use in a loop, 64 bytes each time.
-template <typename F>
-SP_INLINE __m512i words(const F& index) {
-  alignas(64) uint16_t lanes[32];
-  for (int i = 0; i < 32; ++i) lanes[i] = static_cast<uint16_t>(index(i / 2, i % 2));
-  __m512i v = _mm512_load_si512(lanes);
-  asm("" : "+v"(v));
-  return v;
+// --- pairs -----------------------------------------------------------------------------------------------------------
+template <typename Index>
+struct Pairs {
+  const uint32_t* weights;
+  const Index* inputs;
+  int64_t count;  // without the one that makes them even
+};
+
+SP_INLINE int64_t slices_per_list(const ProductArgs& args) { return (args.r + 7) / 8; }
+SP_INLINE int64_t padded_inputs(const ProductArgs& args) { return (args.in + args.c - 1) / args.c * args.c; }
+SP_INLINE int64_t pairs_of_list(const ProductArgs& args, int64_t b) {
+  return ((args.begin[b + 1] - args.begin[b]) * args.c + 1) / 2;
 }
 
-SP_INLINE __m128i eight(const Bf16* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
-
-// Calls pair(a, b, k, l, set, both) for the pairs of slice r0 of block row b: weights at a and b, inputs k and l, a set
-// of sums from 0 .. kSets - 1 that varies from pair to pair. `both` is Int<0> for a lone last column: then b and l are
-// a, k.
-template <int kSets, typename L, typename Pair>
-SP_INLINE void pairs(const L& lists, int64_t b, int64_t r0, const Pair& pair) {
+// Writes the pairs of outputs r0 .. r0 + 7 of block row b.
+template <typename L, typename Index>
+SP_INLINE void make_pairs(const L& lists, int64_t b, int64_t r0, int64_t padded, uint32_t* weights, Index* inputs) {
+  const int64_t height = lists.r() - r0 < 8 ? lists.r() - r0 : 8;
+  const Index none = static_cast<Index>(padded);
+  const auto column = [&](const Bf16* from) SP_ALWAYS_INLINE {
+    if (height == 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm_maskz_loadu_epi16(static_cast<__mmask8>((1 << height) - 1), from);
+  };
+  const auto put = [&](__m128i first, __m128i second, Index k, Index l) SP_ALWAYS_INLINE {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(weights), _mm_unpacklo_epi16(first, second));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(weights + 4), _mm_unpackhi_epi16(first, second));
+    inputs[0] = k, inputs[1] = l;
+    weights += 8, inputs += 2;
+  };
+  const uint32_t* start = weights;
+  const __m128i zero = _mm_setzero_si128();
   int64_t e = lists.crow[b];
   const int64_t end = lists.crow[b + 1];
+  const auto input = [&](int64_t e, int64_t j) SP_ALWAYS_INLINE { return static_cast<Index>(lists.input(e) + j); };
   if (lists.c() == 1) {
-    const auto blocks = [&](int64_t p, int set) SP_ALWAYS_INLINE {
-      pair(lists.block(p) + r0, lists.block(p + 1) + r0, lists.input(p), lists.input(p + 1), set, Int<1>{});
-    };
-    for (; e + 2 * kSets <= end; e += 2 * kSets) {
-      SP_UNROLL for (int q = 0; q < kSets; ++q) blocks(e + 2 * q, q);
+    for (; e + 2 <= end; e += 2) {
+      put(column(lists.block(e) + r0), column(lists.block(e + 1) + r0), input(e, 0), input(e + 1, 0));
     }
-    for (; e + 2 <= end; e += 2) blocks(e, 0);
-    if (e < end) pair(lists.block(e) + r0, lists.block(e) + r0, lists.input(e), lists.input(e), 0, Int<0>{});
-    return;
-  }
-  for (; e < end; ++e) {
-    const Bf16* block = lists.block(e) + r0;
-    const int64_t k = lists.input(e), r = lists.r();
-    const auto columns = [&](int64_t j, int set) SP_ALWAYS_INLINE {
-      pair(block + j * r, block + (j + 1) * r, k + j, k + j + 1, set, Int<1>{});
-    };
-    int64_t j = 0;
-    for (; j + 2 * kSets <= lists.c(); j += 2 * kSets) {
-      SP_UNROLL for (int q = 0; q < kSets; ++q) columns(j + 2 * q, q);
+    if (e < end) put(column(lists.block(e) + r0), zero, input(e, 0), none);
+  } else {
+    __m128i waiting = zero;
+    Index at = none;
+    bool odd = false;
+    for (; e < end; ++e) {
+      for (int64_t j = 0; j < lists.c(); ++j, odd = !odd) {
+        const __m128i more = column(lists.block(e) + j * lists.r() + r0);
+        if (odd) put(waiting, more, at, input(e, j));
+        waiting = more, at = input(e, j);
+      }
     }
-    for (; j + 2 <= lists.c(); j += 2) columns(j, 0);
-    if (j < lists.c()) pair(block + j * r, block + j * r, k + j, k + j, 0, Int<0>{});
+    if (odd) put(waiting, zero, at, none);
   }
+  if ((weights - start) % 16 != 0) put(zero, zero, none, none);
 }
 
-// Eight weights of a in the lower half of 32 bytes, of b (or zeros) in the upper.
-template <bool kTogether, bool kBoth>
-SP_INLINE __m512i weights_of(const Bf16* a, const Bf16* b) {
-  if (!kBoth) return _mm512_zextsi128_si512(eight(a));
-  if (kTogether) return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
-  return _mm512_castsi256_si512(_mm256_inserti128_si256(_mm256_castsi128_si256(eight(a)), eight(b), 1));
+// Pairs of all slices in a row, and before them where each slice starts. Weights are 64-byte aligned.
+struct ArrangedPairs {
+  using Index = uint16_t;
+
+  explicit ArrangedPairs(const ProductArgs& args, void* to)
+      : args(args),
+        starts(static_cast<int32_t*>(to)),
+        weights(reinterpret_cast<uint32_t*>(starts + (args.lists * slices_per_list(args) + 16) / 16 * 16)),
+        inputs(nullptr) {}
+
+  explicit ArrangedPairs(const ProductArgs& args) : ArrangedPairs(args, const_cast<void*>(args.arranged)) {
+    inputs = reinterpret_cast<Index*>(weights + 8 * starts[args.lists * slices_per_list(args)]);
+  }
+
+  SP_INLINE Pairs<Index> slice(int64_t b, int64_t r0) const {
+    const int64_t start = starts[b * slices_per_list(args) + r0 / 8];
+    return {weights + 8 * start, inputs + 2 * start, pairs_of_list(args, b)};
+  }
+
+  const ProductArgs& args;
+  int32_t* starts;
+  uint32_t* weights;
+  Index* inputs;
+};
+
+// Arrange (types.h) for linear_bf16.
+size_t arrange_bf16(const ProductArgs& args, void* to) {
+  const int64_t padded = padded_inputs(args);
+  if (padded > 0xffff) return 0;
+  int64_t pairs = 0;
+  ArrangedPairs arranged(args, to);
+  int64_t slice = 0;
+  for (int64_t b = 0; b < args.lists; ++b) {
+    for (int64_t r0 = 0; r0 < args.r; r0 += 8) {
+      if (to != nullptr) arranged.starts[slice++] = static_cast<int32_t>(pairs);
+      pairs += (pairs_of_list(args, b) + 1) / 2 * 2;
+    }
+  }
+  const int64_t slices = args.lists * slices_per_list(args);
+  if (to != nullptr) {
+    arranged.starts[slices] = static_cast<int32_t>(pairs);
+    arranged.inputs = reinterpret_cast<uint16_t*>(arranged.weights + 8 * pairs);
+    with_lists<Bf16>(args, [&](const auto& lists) {
+      for (int64_t b = 0; b < args.lists; ++b) {
+        for (int64_t r0 = 0; r0 < args.r; r0 += 8) {
+          const int64_t start = arranged.starts[b * slices_per_list(args) + r0 / 8];
+          make_pairs(lists, b, r0, padded, arranged.weights + 8 * start, arranged.inputs + 2 * start);
+        }
+      }
+    });
+  }
+  return static_cast<size_t>((slices + 16) / 16 * 64 + pairs * (32 + 4));
 }
 
-// One row of a panel [K][kWidth <= 8].
+// Pairs of the slice asked for last, in a buffer.
+template <typename L>
+struct BufferedPairs {
+  using Index = int32_t;
+
+  // Room for all columns of x in one slice.
+  BufferedPairs(const ProductArgs& args, const L& lists, void* buffer)
+      : args(args),
+        lists(lists),
+        padded(padded_inputs(args)),
+        weights(static_cast<uint32_t*>(buffer)),
+        inputs(reinterpret_cast<Index*>(weights + (padded / 2 + 2) * 8)) {}
+
+  SP_INLINE Pairs<Index> slice(int64_t b, int64_t r0) const {
+    make_pairs(lists, b, r0, padded, weights, inputs);
+    return {weights, inputs, pairs_of_list(args, b)};
+  }
+
+  const ProductArgs& args;
+  const L& lists;
+  int64_t padded;
+  uint32_t* weights;
+  Index* inputs;
+};
+
+// Calls sums(pairs, to) for every slice of block rows b0 .. b1 - 1: it writes what `rows` rows have for eight outputs.
+template <int kRows, typename Source, typename Sums>
+SP_INLINE void for_slices(const ProductArgs& args, const Source& source, int64_t row, int64_t rows, int64_t b0,
+                          int64_t b1, const Sums& sums) {
+  const Epilogue<Bf16, float> epilogue(args);
+  Lines<kRows, Bf16> lines(epilogue, row, rows);
+  for (int64_t b = b0; b < b1; ++b) {
+    for (int64_t r0 = 0; r0 < args.r; r0 += 8) {
+      sums(source.slice(b, r0), lines.place(b * args.r + r0, args.r - r0 < 8 ? args.r - r0 : 8));
+    }
+  }
+  lines.flush();
+}
+
+// --- M = 1 -----------------------------------------------------------------------------------------------------------
+// Weights of the first column are the low halves of the dwords, of the second the high halves, so that a shift and a
+// mask widen them; two pairs at a time. x: floats, 0 behind the last.
+template <typename Index>
+SP_INLINE void dot_row(const Pairs<Index>& pairs, const float* x, float* to) {
+  constexpr int kSets = 2;
+  __m512 first[kSets] = {}, second[kSets] = {};
+  const auto two = [&](int64_t k, int64_t l) SP_ALWAYS_INLINE {
+    return _mm512_mask_broadcastss_ps(_mm512_broadcastss_ps(_mm_load_ss(x + k)), 0xff00, _mm_load_ss(x + l));
+  };
+  const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
+    const __m512i bits = _mm512_loadu_si512(pairs.weights + 8 * t);
+    const Index* in = pairs.inputs + 2 * t;
+    const __m512i high = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+    first[q] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), two(in[0], in[2]), first[q]);
+    second[q] = _mm512_fmadd_ps(_mm512_castsi512_ps(high), two(in[1], in[3]), second[q]);
+  };
+  int64_t t = 0;
+  for (; t + 2 < pairs.count; t += 4) {
+    add(t, 0);
+    add(t + 2, 1);
+  }
+  if (t < pairs.count) add(t, 0);
+  const __m512 sum = (first[0] + second[0]) + (first[1] + second[1]);
+  _mm256_storeu_ps(to, _mm512_castps512_ps256(sum) + _mm512_extractf32x8_ps(sum, 1));
+}
+
+// --- M in 2..8 -------------------------------------------------------------------------------------------------------
+// One column of a panel [K][kWidth <= 8].
 template <int kWidth>
 SP_INLINE __m512i inputs_of(const Bf16* panel, int64_t k) {
   const Bf16* from = panel + k * kWidth;
-  if constexpr (kWidth == 8) return _mm512_castsi128_si512(eight(from));
+  if constexpr (kWidth == 8) return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   if constexpr (kWidth == 4) return _mm512_castsi128_si512(_mm_loadu_si64(from));
   return _mm512_castsi128_si512(_mm_loadu_si32(from));
 }
 
-// 2 <= M <= 8, R % 8 == 0. kWidth 4 or 8: a vector of sums has four rows in its 128-bit parts, four outputs in each;
-// both operands are expanded to that by permutes. kWidth 2: two rows of eight outputs.
-template <int kWidth, typename L>
-void dot_few_rows(const L& lists, const Epilogue<Bf16, float>& epilogue, const Bf16* panel, int64_t row, int64_t rows,
-                  int64_t b0, int64_t b1) {
-  constexpr int kRowParts = kWidth == 8 ? 2 : 1, kOutParts = kWidth == 2 ? 1 : 2;
-  constexpr int kSets = 4 / (kRowParts * kOutParts) < 2 ? 2 : 4 / (kRowParts * kOutParts);
-  __m512i expand_w[kOutParts], expand_x[kRowParts];
-  for (int p = 0; p < kOutParts; ++p) {
-    expand_w[p] = words([&](int lane, int half) { return 8 * half + (kWidth == 2 ? lane % 8 : 4 * p + lane % 4); });
-  }
-  for (int p = 0; p < kRowParts; ++p) {
-    expand_x[p] = words([&](int lane, int half) { return 32 * half + (kWidth == 2 ? lane / 8 : 4 * p + lane / 4); });
-  }
-  alignas(64) float tile[kRowParts * 4][8];
-  for (int64_t b = b0; b < b1; ++b) {
-    for (int64_t r0 = 0; r0 < lists.r(); r0 += 8) {
-      __m512 sum[kSets][kRowParts][kOutParts] = {};
-      pairs<kSets>(lists, b, r0,
-                   [&](const Bf16* a, const Bf16* c, int64_t k, int64_t l, int q, auto two) SP_ALWAYS_INLINE {
-                     constexpr bool kBoth = decltype(two)::value == 1;
-                     const __m512i both = weights_of<L::kContiguous, kBoth>(a, c);
-                     const __m512i first = inputs_of<kWidth>(panel, k);
-                     const __m512i second = kBoth ? inputs_of<kWidth>(panel, l) : _mm512_setzero_si512();
-                     __m512i w[kOutParts];
-                     SP_UNROLL for (int p = 0; p < kOutParts; ++p) w[p] = _mm512_permutexvar_epi16(expand_w[p], both);
-                     SP_UNROLL for (int p = 0; p < kRowParts; ++p) {
-                       const __m512i x = _mm512_permutex2var_epi16(first, expand_x[p], second);
-                       SP_UNROLL for (int o = 0; o < kOutParts; ++o) sum[q][p][o] = dot(sum[q][p][o], w[o], x);
-                     }
-                   });
-      SP_UNROLL for (int p = 0; p < kRowParts; ++p) {
-        SP_UNROLL for (int o = 0; o < kOutParts; ++o) {
-          __m512 total = sum[0][p][o];
-          SP_UNROLL for (int q = 1; q < kSets; ++q) total += sum[q][p][o];
-          if (kWidth == 2) {
-            _mm512_store_ps(tile[0], total);
-          } else {
-            _mm_store_ps(tile[4 * p] + 4 * o, _mm512_castps512_ps128(total));
-            _mm_store_ps(tile[4 * p + 1] + 4 * o, _mm512_extractf32x4_ps(total, 1));
-            _mm_store_ps(tile[4 * p + 2] + 4 * o, _mm512_extractf32x4_ps(total, 2));
-            _mm_store_ps(tile[4 * p + 3] + 4 * o, _mm512_extractf32x4_ps(total, 3));
-          }
-        }
-      }
-      const int64_t n = b * lists.r() + r0, live = lists.live(b, r0, 8);
-      for (int64_t i = 0; i < rows; ++i) put_row<8>(epilogue, row + i, n, load<8>(tile[i]), live);
-    }
-  }
-}
+// kWidth 2 or 4: a vector of sums has two rows of eight outputs. 8: four rows, in its 128-bit parts, of four outputs.
+template <int kWidth>
+struct FewSums {
+  static constexpr int kParts = kWidth == 8 ? 2 : kWidth / 2;  // of the rows
+  static constexpr int kHalves = kWidth == 8 ? 2 : 1;          // of the outputs
+  static constexpr int kSets = kWidth == 2 ? 4 : 2;            // chains of additions: the latency of the dot product
 
-// The pairs of one block row as the panel kernel reads them: weights[t][8] dwords, one per output, and where the two
-// columns of x start in the panel. A lone last column is paired with row `empty` of the panel, which holds zeros.
-struct PairBuffer {
-  uint32_t* weights;
-  int32_t* starts;  // two per pair
+  __m512i expand[kParts];
 
-  // Room for two pairs per three columns, which blocks of C = 3 need; other C need less.
-  PairBuffer(float* buffer, int64_t padded)
-      : weights(reinterpret_cast<uint32_t*>(buffer)),
-        starts(reinterpret_cast<int32_t*>(weights + (padded * 2 / 3 + 2) * 8)) {}
-};
-
-// Fills the buffer for outputs r0 .. r0 + height - 1 (weights of the others: zero). Returns the number of pairs.
-template <typename L>
-SP_INLINE int64_t pair_columns(const L& lists, int64_t b, int64_t r0, int64_t height, int64_t width, int64_t empty,
-                               const PairBuffer& buffer) {
-  const __m512i interleave = words([](int lane, int half) { return 8 * half + lane % 8; });
-  int64_t t = 0;
-  pairs<1>(lists, b, r0, [&](const Bf16* a, const Bf16* c, int64_t k, int64_t l, int, auto two) SP_ALWAYS_INLINE {
-    constexpr bool kBoth = decltype(two)::value == 1;
-    if (height == 8) {
-      const __m512i both = _mm512_permutexvar_epi16(interleave, weights_of<false, kBoth>(a, c));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer.weights + t * 8), _mm512_castsi512_si256(both));
-    } else {
-      for (int64_t i = 0; i < 8; ++i) {
-        const uint32_t low = i < height ? a[i].bits : 0, high = i < height && kBoth ? c[i].bits : 0;
-        buffer.weights[t * 8 + i] = low | high << 16;
-      }
-    }
-    buffer.starts[2 * t] = static_cast<int32_t>(k * width);
-    buffer.starts[2 * t + 1] = static_cast<int32_t>((kBoth ? l : empty) * width);
-    ++t;
-  });
-  return t;
-}
-
-// Sums of kS outputs and 16 * kZ rows of a K-major panel.
-template <int kS, int kZ>
-struct PanelSums {
-  static constexpr int kWidth = 16 * kZ;
-  __m512 sum[kS][kZ] = {};
-  const __m512i low = words([](int lane, int half) { return 32 * half + lane; });
-  const __m512i high = words([](int lane, int half) { return 32 * half + 16 + lane; });
-
-  SP_INLINE void add(const Bf16* a, const Bf16* b, const uint32_t* weights) {
-    __m512i x[kZ];
-    if constexpr (kZ == 2) {
-      const __m512i first = _mm512_loadu_si512(a), second = _mm512_loadu_si512(b);
-      x[0] = _mm512_permutex2var_epi16(first, low, second);
-      x[1] = _mm512_permutex2var_epi16(first, high, second);
-    } else {
-      const __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
-      const __m512i second = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
-      x[0] = _mm512_permutex2var_epi16(first, low, second);
-    }
-    SP_UNROLL for (int r = 0; r < kS; ++r) {
-      const __m512i w = _mm512_set1_epi32(static_cast<int>(weights[r]));
-      SP_UNROLL for (int z = 0; z < kZ; ++z) sum[r][z] = dot(sum[r][z], x[z], w);
+  FewSums() {
+    for (int p = 0; p < kParts; ++p) {
+      expand[p] = words([&](int lane, int half) { return 32 * half + (kWidth == 8 ? 4 * p + lane / 4 : 2 * p + lane / 8); });
     }
   }
 
-  SP_INLINE void put(float* tile) const {
-    SP_UNROLL for (int r = 0; r < kS; ++r) {
-      SP_UNROLL for (int z = 0; z < kZ; ++z) _mm512_store_ps(tile + r * kWidth + z * 16, sum[r][z]);
-    }
-  }
-};
-
-template <int kS, int kZ>
-SP_INLINE void dot_slice(const Bf16* panel, const PairBuffer& buffer, int64_t count, float* tile) {
-  PanelSums<kS, kZ> sums;
-  for (int64_t t = 0; t < count; ++t) {
-    sums.add(panel + buffer.starts[2 * t], panel + buffer.starts[2 * t + 1], buffer.weights + 8 * t);
-  }
-  sums.put(tile);
-}
-
-// The same for 8x1 blocks, whose pairs are made kAhead pairs before their use, in the shadow of the dot products.
-template <int kZ, typename L>
-SP_INLINE void dot_slice_8x1(const L& lists, const Bf16* panel, int64_t b, int64_t empty, const PairBuffer& buffer,
-                             float* tile) {
-  constexpr int64_t kAhead = 8;
-  const __m512i interleave = words([](int lane, int half) { return 8 * half + lane % 8; });
-  const int64_t begin = lists.crow[b], length = lists.crow[b + 1] - begin, count = length / 2;
-  const auto make = [&](int64_t t, auto two) SP_ALWAYS_INLINE {
-    const Bf16 *first = lists.block(begin + 2 * t), *second = lists.block(begin + 2 * t + decltype(two)::value);
-    const __m512i both = weights_of<L::kContiguous, decltype(two)::value == 1>(first, second);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer.weights + t * 8),
-                        _mm512_castsi512_si256(_mm512_permutexvar_epi16(interleave, both)));
-  };
-  const auto* col = lists.col + begin;
-  PanelSums<8, kZ> sums;
-  for (int64_t t = 0; t < kAhead && t < count; ++t) make(t, Int<1>{});
-  const auto add = [&](int64_t t) SP_ALWAYS_INLINE {
-    sums.add(panel + int64_t(col[2 * t]) * (16 * kZ), panel + int64_t(col[2 * t + 1]) * (16 * kZ),
-             buffer.weights + 8 * t);
-  };
-  int64_t t = 0;
-  for (; t + kAhead < count; ++t) {
-    make(t + kAhead, Int<1>{});
-    add(t);
-  }
-  for (; t < count; ++t) add(t);
-  if (length % 2 != 0) {
-    make(count, Int<0>{});
-    sums.add(panel + int64_t(col[2 * count]) * (16 * kZ), panel + empty * (16 * kZ), buffer.weights + 8 * count);
-  }
-  sums.put(tile);
-}
-
-// `buffer` has room for the pairs of one block row; row `padded` of the panel holds zeros.
-template <int kZ, typename L>
-void dot_panel(const L& lists, const Epilogue<Bf16, float>& epilogue, const Bf16* panel, float* buffer, int64_t padded,
-               int64_t row, int64_t rows, int64_t b0, int64_t b1) {
-  constexpr int kWidth = 16 * kZ;
-  alignas(64) float tile[8 * kWidth];
-  const PairBuffer pairs(buffer, padded);
-  for (int64_t b = b0; b < b1; ++b) {
-    for (int64_t r0 = 0; r0 < lists.r(); r0 += 8) {
-      const int64_t height = lists.r() - r0 < 8 ? lists.r() - r0 : 8;
-      if constexpr (L::kEightByOne) {
-        dot_slice_8x1<kZ>(lists, panel, b, padded, pairs, tile);
-      } else {
-        const int64_t count = pair_columns(lists, b, r0, height, kWidth, padded, pairs);
-        if (height > 4) {
-          dot_slice<8, kZ>(panel, pairs, count, tile);
+  template <typename Index>
+  SP_INLINE void operator()(const Pairs<Index>& pairs, const Bf16* panel, float* to) const {
+    __m512 sum[kSets][kParts][kHalves] = {};
+    const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
+      const uint32_t* from = pairs.weights + 8 * t;
+      const __m512i first = inputs_of<kWidth>(panel, pairs.inputs[2 * t]);
+      const __m512i second = inputs_of<kWidth>(panel, pairs.inputs[2 * t + 1]);
+      __m512i w[kHalves];
+      SP_UNROLL for (int h = 0; h < kHalves; ++h) {
+        if constexpr (kHalves == 2) {
+          w[h] = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 4 * h)));
         } else {
-          dot_slice<4, kZ>(panel, pairs, count, tile);
+          w[h] = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
         }
       }
-      put_panel<kWidth>(epilogue, tile, row, rows, b * lists.r() + r0, lists.live(b, r0, height));
+      SP_UNROLL for (int p = 0; p < kParts; ++p) {
+        const __m512i x = _mm512_permutex2var_epi16(first, expand[p], second);
+        SP_UNROLL for (int h = 0; h < kHalves; ++h) sum[q][p][h] = dot(sum[q][p][h], x, w[h]);
+      }
+    };
+    int64_t t = 0;
+    for (; t + kSets <= pairs.count; t += kSets) {
+      SP_UNROLL for (int q = 0; q < kSets; ++q) add(t + q, q);
+    }
+    for (; t < pairs.count; ++t) add(t, 0);
+    SP_UNROLL for (int p = 0; p < kParts; ++p) {
+      SP_UNROLL for (int h = 0; h < kHalves; ++h) {
+        SP_UNROLL for (int q = 1; q < kSets; ++q) sum[0][p][h] += sum[q][p][h];
+        const __m512 v = sum[0][p][h];
+        if constexpr (kHalves == 2) {
+          float* at = to + 4 * p * kLineStride + 4 * h;
+          _mm_storeu_ps(at, _mm512_castps512_ps128(v));
+          _mm_storeu_ps(at + kLineStride, _mm512_extractf32x4_ps(v, 1));
+          _mm_storeu_ps(at + 2 * kLineStride, _mm512_extractf32x4_ps(v, 2));
+          _mm_storeu_ps(at + 3 * kLineStride, _mm512_extractf32x4_ps(v, 3));
+        } else {
+          _mm256_storeu_ps(to + 2 * p * kLineStride, _mm512_castps512_ps256(v));
+          _mm256_storeu_ps(to + (2 * p + 1) * kLineStride, _mm512_extractf32x8_ps(v, 1));
+        }
+      }
     }
   }
-}
+};
+
+// --- M > 8 -----------------------------------------------------------------------------------------------------------
+// 8 * kZ rows of a panel [K][kWidth]: a vector of sums has eight rows of two outputs, so that a pair of inputs of all
+// rows takes two loads, and a weight is broadcast two outputs at a time.
+template <int kZ, int kWidth>
+struct PanelSums {
+  __m512i expand[kZ];
+
+  PanelSums() {
+    for (int z = 0; z < kZ; ++z) {
+      expand[z] = words([&](int lane, int half) { return 32 * half + 8 * z + lane / 2; });
+    }
+  }
+
+  SP_INLINE static __m512i column(const Bf16* panel, int64_t k) {
+    if constexpr (kWidth == 32) return _mm512_loadu_si512(panel + k * kWidth);
+    return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + k * kWidth)));
+  }
+
+  template <typename Index>
+  SP_INLINE void operator()(const Pairs<Index>& pairs, const Bf16* panel, float* to) const {
+    __m512 sum[kZ][4] = {};
+    for (int64_t t = 0; t < pairs.count; ++t) {
+      const __m512i first = column(panel, pairs.inputs[2 * t]), second = column(panel, pairs.inputs[2 * t + 1]);
+      __m512i x[kZ];
+      SP_UNROLL for (int z = 0; z < kZ; ++z) x[z] = _mm512_permutex2var_epi16(first, expand[z], second);
+      const double* weights = reinterpret_cast<const double*>(pairs.weights + 8 * t);
+      SP_UNROLL for (int p = 0; p < 4; ++p) {
+        const __m512i w = _mm512_castpd_si512(_mm512_broadcastsd_pd(_mm_load_sd(weights + p)));
+        SP_UNROLL for (int z = 0; z < kZ; ++z) sum[z][p] = dot(sum[z][p], x[z], w);
+      }
+    }
+    // To rows of eight outputs: a row's are the quadwords of one place in four vectors.
+    SP_UNROLL for (int z = 0; z < kZ; ++z) {
+      const auto quads = [&](int p, bool odd) SP_ALWAYS_INLINE {
+        const __m512d a = _mm512_castps_pd(sum[z][p]), b = _mm512_castps_pd(sum[z][p + 1]);
+        return odd ? _mm512_unpackhi_pd(a, b) : _mm512_unpacklo_pd(a, b);
+      };
+      const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+      SP_UNROLL for (int odd = 0; odd < 2; ++odd) {
+        const __m512d left = quads(0, odd != 0), right = quads(2, odd != 0);
+        const __m512 top = _mm512_castpd_ps(_mm512_permutex2var_pd(left, low, right));
+        const __m512 bottom = _mm512_castpd_ps(_mm512_permutex2var_pd(left, high, right));
+        float* at = to + (8 * z + odd) * kLineStride;
+        _mm256_storeu_ps(at, _mm512_castps512_ps256(top));
+        _mm256_storeu_ps(at + 2 * kLineStride, _mm512_extractf32x8_ps(top, 1));
+        _mm256_storeu_ps(at + 4 * kLineStride, _mm512_castps512_ps256(bottom));
+        _mm256_storeu_ps(at + 6 * kLineStride, _mm512_extractf32x8_ps(bottom, 1));
+      }
+    }
+  }
+};
 
 }  // namespace
 }  // namespace sp

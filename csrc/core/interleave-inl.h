@@ -74,5 +74,69 @@ SP_INLINE void pack_narrow(int64_t rows, int64_t length, int64_t padded, To* pan
   memset(panel + length * kWidth, 0, static_cast<size_t>((padded - length) * kWidth) * sizeof(To));
 }
 
+#if defined(__AVX512BW__)
+// Index vector of a permute of words: index(dword, half). Opaque to the compiler, which would read a constant from
+// memory at every use in a loop, 64 bytes each time.
+template <typename F>
+SP_INLINE __m512i words(const F& index) {
+  alignas(64) uint16_t lanes[32];
+  for (int i = 0; i < 32; ++i) lanes[i] = static_cast<uint16_t>(index(i / 2, i % 2));
+  __m512i v = _mm512_load_si512(lanes);
+  asm("" : "+v"(v));
+  return v;
+}
+
+// panel[j * kWidth + i] = x[i * stride + j] for i < rows, zero for the other i < kWidth; j < length. Zero for length <=
+// j < padded. As `interleave`, in whole registers: 32 columns of up to 16 rows at a time.
+template <int kWidth>
+void pack_words(const uint16_t* x, int64_t stride, int64_t rows, int64_t length, int64_t padded, uint16_t* panel) {
+  constexpr int kRows = kWidth < 16 ? kWidth : 16, kColumns = 32 / kRows;  // columns of them in a register
+  const __m512i low = words([](int lane, int half) { return 32 * half + lane; });
+  const __m512i high = words([](int lane, int half) { return 32 * half + 16 + lane; });
+  static const uint16_t zeros[32] = {};
+  for (int64_t i = 0; i < kWidth; i += kRows) {
+    const uint16_t* from[kRows];
+    int64_t step[kRows];
+    for (int q = 0; q < kRows; ++q) {
+      from[q] = i + q < rows ? x + (i + q) * stride : zeros;
+      step[q] = i + q < rows ? 32 : 0;
+    }
+    // The next columns, `live` of them, to `to`, whose columns are kWidth apart.
+    const auto columns = [&](__mmask32 live, uint16_t* to) SP_ALWAYS_INLINE {
+      __m512i tile[kRows];
+      SP_UNROLL for (int q = 0; q < kRows; ++q) {
+        tile[q] = _mm512_maskz_loadu_epi16(live, from[q]);
+        from[q] += step[q];
+      }
+      SP_UNROLL for (int half = 1; half < kRows; half *= 2) {
+        __m512i next[kRows];
+        SP_UNROLL for (int q = 0; q < kRows / 2; ++q) {
+          next[2 * q] = _mm512_permutex2var_epi16(tile[q], low, tile[q + kRows / 2]);
+          next[2 * q + 1] = _mm512_permutex2var_epi16(tile[q], high, tile[q + kRows / 2]);
+        }
+        SP_UNROLL for (int q = 0; q < kRows; ++q) tile[q] = next[q];
+      }
+      SP_UNROLL for (int q = 0; q < kRows; ++q) {
+        if constexpr (kRows == kWidth) {
+          _mm512_storeu_si512(to + q * 32, tile[q]);
+        } else {
+          uint16_t* at = to + q * kColumns * kWidth;
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_castsi512_si256(tile[q]));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + kWidth), _mm512_extracti64x4_epi64(tile[q], 1));
+        }
+      }
+    };
+    int64_t j = 0;
+    for (; j + 32 <= length; j += 32) columns(0xffffffff, panel + j * kWidth + i);
+    if (j < length) {
+      alignas(64) uint16_t last[32 * kWidth];
+      columns(0xffffffff >> (32 - (length - j)), last);
+      for (int64_t q = 0; q < length - j; ++q) memcpy(panel + (j + q) * kWidth + i, last + q * kWidth, kRows * 2);
+    }
+  }
+  memset(panel + length * kWidth, 0, static_cast<size_t>((padded - length) * kWidth) * sizeof *panel);
+}
+#endif
+
 }  // namespace
 }  // namespace sp
