@@ -180,7 +180,8 @@ SP_INLINE void dot_row(const Pairs<Index>& pairs, const float* x, float* to) {
     return _mm512_mask_broadcastss_ps(_mm512_broadcastss_ps(_mm_load_ss(x + k)), 0xff00, _mm_load_ss(x + l));
   };
   const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
-    const __m512i bits = _mm512_loadu_si512(pairs.weights + 8 * t);
+    __m512i bits = _mm512_load_si512(pairs.weights + 8 * t);
+    SP_KEEP(bits);  // one load, not one for each use
     const Index* in = pairs.inputs + 2 * t;
     const __m512i high = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
     first[q] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), two(in[0], in[2]), first[q]);
@@ -211,7 +212,7 @@ template <int kWidth>
 struct FewSums {
   static constexpr int kParts = kWidth == 8 ? 2 : kWidth / 2;  // of the rows
   static constexpr int kHalves = kWidth == 8 ? 2 : 1;          // of the outputs
-  static constexpr int kSets = kWidth == 2 ? 4 : 2;            // chains of additions: the latency of the dot product
+  static constexpr int kSets = 4;                              // chains of additions: the latency of the dot product
 
   __m512i expand[kParts];
 
@@ -270,6 +271,8 @@ struct FewSums {
 // rows takes two loads, and a weight is broadcast two outputs at a time.
 template <int kZ, int kWidth>
 struct PanelSums {
+  static constexpr int kSets = kZ == 2 ? 2 : 1;  // chains of additions: the latency of the dot product
+
   __m512i expand[kZ];
 
   PanelSums() {
@@ -285,21 +288,31 @@ struct PanelSums {
 
   template <typename Index>
   SP_INLINE void operator()(const Pairs<Index>& pairs, const Bf16* panel, float* to) const {
-    __m512 sum[kZ][4] = {};
-    for (int64_t t = 0; t < pairs.count; ++t) {
+    __m512 sum[kSets][kZ][4] = {};
+    const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
       const __m512i first = column(panel, pairs.inputs[2 * t]), second = column(panel, pairs.inputs[2 * t + 1]);
       __m512i x[kZ];
       SP_UNROLL for (int z = 0; z < kZ; ++z) x[z] = _mm512_permutex2var_epi16(first, expand[z], second);
       const double* weights = reinterpret_cast<const double*>(pairs.weights + 8 * t);
       SP_UNROLL for (int p = 0; p < 4; ++p) {
         const __m512i w = _mm512_castpd_si512(_mm512_broadcastsd_pd(_mm_load_sd(weights + p)));
-        SP_UNROLL for (int z = 0; z < kZ; ++z) sum[z][p] = dot(sum[z][p], x[z], w);
+        SP_UNROLL for (int z = 0; z < kZ; ++z) sum[q][z][p] = dot(sum[q][z][p], x[z], w);
+      }
+    };
+    int64_t t = 0;
+    for (; t + kSets <= pairs.count; t += kSets) {
+      SP_UNROLL for (int q = 0; q < kSets; ++q) add(t + q, q);
+    }
+    if (kSets == 2 && t < pairs.count) add(t, 0);
+    if constexpr (kSets == 2) {
+      SP_UNROLL for (int z = 0; z < kZ; ++z) {
+        SP_UNROLL for (int p = 0; p < 4; ++p) sum[0][z][p] += sum[1][z][p];
       }
     }
     // To rows of eight outputs: a row's are the quadwords of one place in four vectors.
     SP_UNROLL for (int z = 0; z < kZ; ++z) {
       const auto quads = [&](int p, bool odd) SP_ALWAYS_INLINE {
-        const __m512d a = _mm512_castps_pd(sum[z][p]), b = _mm512_castps_pd(sum[z][p + 1]);
+        const __m512d a = _mm512_castps_pd(sum[0][z][p]), b = _mm512_castps_pd(sum[0][z][p + 1]);
         return odd ? _mm512_unpackhi_pd(a, b) : _mm512_unpacklo_pd(a, b);
       };
       const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);

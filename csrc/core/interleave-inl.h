@@ -94,19 +94,19 @@ void pack_words(const uint16_t* x, int64_t stride, int64_t rows, int64_t length,
   const __m512i low = words([](int lane, int half) { return 32 * half + lane; });
   const __m512i high = words([](int lane, int half) { return 32 * half + 16 + lane; });
   static const uint16_t zeros[32] = {};
-  for (int64_t i = 0; i < kWidth; i += kRows) {
-    const uint16_t* from[kRows];
-    int64_t step[kRows];
-    for (int q = 0; q < kRows; ++q) {
-      from[q] = i + q < rows ? x + (i + q) * stride : zeros;
-      step[q] = i + q < rows ? 32 : 0;
-    }
-    // The next columns, `live` of them, to `to`, whose columns are kWidth apart.
-    const auto columns = [&](__mmask32 live, uint16_t* to) SP_ALWAYS_INLINE {
+  const uint16_t* from[kWidth];
+  int64_t step[kWidth];
+  for (int q = 0; q < kWidth; ++q) {
+    from[q] = q < rows ? x + q * stride : zeros;
+    step[q] = q < rows ? 32 : 0;
+  }
+  // The next columns, `live` of them, to `to`.
+  const auto columns = [&](__mmask32 live, uint16_t* to) SP_ALWAYS_INLINE {
+    for (int64_t i = 0; i < kWidth; i += kRows) {
       __m512i tile[kRows];
       SP_UNROLL for (int q = 0; q < kRows; ++q) {
-        tile[q] = _mm512_maskz_loadu_epi16(live, from[q]);
-        from[q] += step[q];
+        tile[q] = _mm512_maskz_loadu_epi16(live, from[i + q]);
+        from[i + q] += step[i + q];
       }
       SP_UNROLL for (int half = 1; half < kRows; half *= 2) {
         __m512i next[kRows];
@@ -120,19 +120,19 @@ void pack_words(const uint16_t* x, int64_t stride, int64_t rows, int64_t length,
         if constexpr (kRows == kWidth) {
           _mm512_storeu_si512(to + q * 32, tile[q]);
         } else {
-          uint16_t* at = to + q * kColumns * kWidth;
+          uint16_t* at = to + q * kColumns * kWidth + i;
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_castsi512_si256(tile[q]));
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + kWidth), _mm512_extracti64x4_epi64(tile[q], 1));
         }
       }
-    };
-    int64_t j = 0;
-    for (; j + 32 <= length; j += 32) columns(0xffffffff, panel + j * kWidth + i);
-    if (j < length) {
-      alignas(64) uint16_t last[32 * kWidth];
-      columns(0xffffffff >> (32 - (length - j)), last);
-      for (int64_t q = 0; q < length - j; ++q) memcpy(panel + (j + q) * kWidth + i, last + q * kWidth, kRows * 2);
     }
+  };
+  int64_t j = 0;
+  for (; j + 32 <= length; j += 32) columns(0xffffffff, panel + j * kWidth);
+  if (j < length) {
+    alignas(64) uint16_t last[32 * kWidth];
+    columns(0xffffffff >> (32 - (length - j)), last);
+    memcpy(panel + j * kWidth, last, static_cast<size_t>((length - j) * kWidth) * sizeof *panel);
   }
   memset(panel + length * kWidth, 0, static_cast<size_t>((padded - length) * kWidth) * sizeof *panel);
 }
