@@ -29,44 +29,55 @@ struct Pairs {
   int64_t count;  // without the one that makes them even
 };
 
-SP_INLINE int64_t slices_per_list(const ProductArgs& args) { return (args.r + 7) / 8; }
 SP_INLINE int64_t padded_inputs(const ProductArgs& args) { return (args.in + args.c - 1) / args.c * args.c; }
-SP_INLINE int64_t pairs_of_list(const ProductArgs& args, int64_t b) {
-  return ((args.begin[b + 1] - args.begin[b]) * args.c + 1) / 2;
+
+// Slices of the block rows, numbered through.
+struct Slices {
+  int64_t height, per_row;
+
+  explicit Slices(const ProductArgs& args) : height(args.r), per_row((args.r + 7) / 8) {}
+
+  SP_INLINE int64_t row(int64_t s) const { return per_row == 1 ? s : s / per_row; }
+  SP_INLINE int64_t within(int64_t s) const { return per_row == 1 ? 0 : s % per_row * 8; }  // first output in its row
+  SP_INLINE int64_t output(int64_t s) const { return row(s) * height + within(s); }
+  SP_INLINE int64_t outputs(int64_t s) const { return height - within(s) < 8 ? height - within(s) : 8; }
+};
+
+SP_INLINE int64_t pairs_of(const ProductArgs& args, int64_t row) {
+  return ((args.begin[row + 1] - args.begin[row]) * args.c + 1) / 2;
 }
 
-// Writes the pairs of outputs r0 .. r0 + 7 of block row b.
+// Writes the pairs of slice s.
 template <typename L, typename Index>
-SP_INLINE void make_pairs(const L& lists, int64_t b, int64_t r0, int64_t padded, uint32_t* weights, Index* inputs) {
-  const int64_t height = lists.r() - r0 < 8 ? lists.r() - r0 : 8;
+SP_INLINE void make_pairs(const L& lists, const Slices& slices, int64_t s, int64_t padded, uint32_t* weights,
+                          Index* inputs) {
+  const int64_t r0 = slices.within(s), height = slices.outputs(s);
   const Index none = static_cast<Index>(padded);
   const auto column = [&](const Bf16* from) SP_ALWAYS_INLINE {
-    if (height == 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return _mm_maskz_loadu_epi16(static_cast<__mmask8>((1 << height) - 1), from);
+    if (height == 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + r0));
+    return _mm_maskz_loadu_epi16(static_cast<__mmask8>((1 << height) - 1), from + r0);
   };
+  const uint32_t* start = weights;
   const auto put = [&](__m128i first, __m128i second, Index k, Index l) SP_ALWAYS_INLINE {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(weights), _mm_unpacklo_epi16(first, second));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(weights + 4), _mm_unpackhi_epi16(first, second));
     inputs[0] = k, inputs[1] = l;
     weights += 8, inputs += 2;
   };
-  const uint32_t* start = weights;
-  const __m128i zero = _mm_setzero_si128();
-  int64_t e = lists.crow[b];
-  const int64_t end = lists.crow[b + 1];
   const auto input = [&](int64_t e, int64_t j) SP_ALWAYS_INLINE { return static_cast<Index>(lists.input(e) + j); };
+  const __m128i zero = _mm_setzero_si128();
+  int64_t e = lists.crow[slices.row(s)];
+  const int64_t end = lists.crow[slices.row(s) + 1];
   if (lists.c() == 1) {
-    for (; e + 2 <= end; e += 2) {
-      put(column(lists.block(e) + r0), column(lists.block(e + 1) + r0), input(e, 0), input(e + 1, 0));
-    }
-    if (e < end) put(column(lists.block(e) + r0), zero, input(e, 0), none);
+    for (; e + 2 <= end; e += 2) put(column(lists.block(e)), column(lists.block(e + 1)), input(e, 0), input(e + 1, 0));
+    if (e < end) put(column(lists.block(e)), zero, input(e, 0), none);
   } else {
     __m128i waiting = zero;
     Index at = none;
     bool odd = false;
     for (; e < end; ++e) {
       for (int64_t j = 0; j < lists.c(); ++j, odd = !odd) {
-        const __m128i more = column(lists.block(e) + j * lists.r() + r0);
+        const __m128i more = column(lists.block(e) + j * lists.r());
         if (odd) put(waiting, more, at, input(e, j));
         waiting = more, at = input(e, j);
       }
@@ -76,95 +87,108 @@ SP_INLINE void make_pairs(const L& lists, int64_t b, int64_t r0, int64_t padded,
   if ((weights - start) % 16 != 0) put(zero, zero, none, none);
 }
 
-// Pairs of all slices in a row, and before them where each slice starts. Weights are 64-byte aligned.
+// Pairs of all slices in a row, and before them where those of a slice start. Weights are 64-byte aligned.
 struct ArrangedPairs {
   using Index = uint16_t;
+  struct Slice {
+    int32_t start, count;
+  };
 
-  explicit ArrangedPairs(const ProductArgs& args, void* to)
-      : args(args),
-        starts(static_cast<int32_t*>(to)),
-        weights(reinterpret_cast<uint32_t*>(starts + (args.lists * slices_per_list(args) + 16) / 16 * 16)),
-        inputs(nullptr) {}
+  ArrangedPairs(const ProductArgs& args, void* to)
+      : slices(static_cast<Slice*>(to)), weights(reinterpret_cast<uint32_t*>(slices + room(args))) {}
 
   explicit ArrangedPairs(const ProductArgs& args) : ArrangedPairs(args, const_cast<void*>(args.arranged)) {
-    inputs = reinterpret_cast<Index*>(weights + 8 * starts[args.lists * slices_per_list(args)]);
+    inputs = reinterpret_cast<Index*>(weights + 8 * int64_t(slices[args.lists * Slices(args).per_row].start));
   }
 
-  SP_INLINE Pairs<Index> slice(int64_t b, int64_t r0) const {
-    const int64_t start = starts[b * slices_per_list(args) + r0 / 8];
-    return {weights + 8 * start, inputs + 2 * start, pairs_of_list(args, b)};
+  SP_INLINE static int64_t room(const ProductArgs& args) { return (args.lists * Slices(args).per_row + 8) / 8 * 8; }
+
+  SP_INLINE Pairs<Index> slice(int64_t s) const {
+    const int64_t start = slices[s].start;
+    return {weights + 8 * start, inputs + 2 * start, slices[s].count};
   }
 
-  const ProductArgs& args;
-  int32_t* starts;
+  Slice* slices;  // one more than there are, for the end
   uint32_t* weights;
-  Index* inputs;
+  Index* inputs = nullptr;
 };
 
 // Arrange (types.h) for linear_bf16.
 size_t arrange_bf16(const ProductArgs& args, void* to) {
   const int64_t padded = padded_inputs(args);
   if (padded > 0xffff) return 0;
+  const Slices slices(args);
+  const int64_t count = args.lists * slices.per_row;
   int64_t pairs = 0;
-  ArrangedPairs arranged(args, to);
-  int64_t slice = 0;
-  for (int64_t b = 0; b < args.lists; ++b) {
-    for (int64_t r0 = 0; r0 < args.r; r0 += 8) {
-      if (to != nullptr) arranged.starts[slice++] = static_cast<int32_t>(pairs);
-      pairs += (pairs_of_list(args, b) + 1) / 2 * 2;
+  for (int64_t s = 0; s <= count; ++s) {
+    const int64_t more = s == count ? 0 : pairs_of(args, slices.row(s));
+    if (to != nullptr) {
+      static_cast<ArrangedPairs::Slice*>(to)[s] = {static_cast<int32_t>(pairs), static_cast<int32_t>(more)};
     }
+    pairs += (more + 1) / 2 * 2;
   }
-  const int64_t slices = args.lists * slices_per_list(args);
   if (to != nullptr) {
-    arranged.starts[slices] = static_cast<int32_t>(pairs);
-    arranged.inputs = reinterpret_cast<uint16_t*>(arranged.weights + 8 * pairs);
+    ProductArgs done = args;
+    done.arranged = to;
+    const ArrangedPairs arranged(done);
     with_lists<Bf16>(args, [&](const auto& lists) {
-      for (int64_t b = 0; b < args.lists; ++b) {
-        for (int64_t r0 = 0; r0 < args.r; r0 += 8) {
-          const int64_t start = arranged.starts[b * slices_per_list(args) + r0 / 8];
-          make_pairs(lists, b, r0, padded, arranged.weights + 8 * start, arranged.inputs + 2 * start);
-        }
+      for (int64_t s = 0; s < count; ++s) {
+        const int64_t start = arranged.slices[s].start;
+        make_pairs(lists, slices, s, padded, arranged.weights + 8 * start, arranged.inputs + 2 * start);
       }
     });
   }
-  return static_cast<size_t>((slices + 16) / 16 * 64 + pairs * (32 + 4));
+  return static_cast<size_t>(ArrangedPairs::room(args)) * sizeof(ArrangedPairs::Slice) +
+         static_cast<size_t>(pairs) * (32 + 4);
 }
 
-// Pairs of the slice asked for last, in a buffer.
+// Pairs of the slice asked for last, in a buffer with room for all columns of x.
 template <typename L>
 struct BufferedPairs {
   using Index = int32_t;
 
-  // Room for all columns of x in one slice.
   BufferedPairs(const ProductArgs& args, const L& lists, void* buffer)
       : args(args),
         lists(lists),
+        slices(args),
         padded(padded_inputs(args)),
         weights(static_cast<uint32_t*>(buffer)),
         inputs(reinterpret_cast<Index*>(weights + (padded / 2 + 2) * 8)) {}
 
-  SP_INLINE Pairs<Index> slice(int64_t b, int64_t r0) const {
-    make_pairs(lists, b, r0, padded, weights, inputs);
-    return {weights, inputs, pairs_of_list(args, b)};
+  SP_INLINE Pairs<Index> slice(int64_t s) const {
+    make_pairs(lists, slices, s, padded, weights, inputs);
+    return {weights, inputs, pairs_of(args, slices.row(s))};
   }
 
   const ProductArgs& args;
   const L& lists;
+  Slices slices;
   int64_t padded;
   uint32_t* weights;
   Index* inputs;
 };
+
+// The two columns of pair t: in one load where they are narrow, since loads are what binds most kernels here.
+struct Columns {
+  int64_t first, second;
+};
+SP_INLINE Columns columns_of(const uint16_t* inputs, int64_t t) {
+  uint32_t both;
+  memcpy(&both, inputs + 2 * t, sizeof both);
+  return {both & 0xffff, both >> 16};
+}
+SP_INLINE Columns columns_of(const int32_t* inputs, int64_t t) { return {inputs[2 * t], inputs[2 * t + 1]}; }
 
 // Calls sums(pairs, to) for every slice of block rows b0 .. b1 - 1: it writes what `rows` rows have for eight outputs.
 template <int kRows, typename Source, typename Sums>
 SP_INLINE void for_slices(const ProductArgs& args, const Source& source, int64_t row, int64_t rows, int64_t b0,
                           int64_t b1, const Sums& sums) {
   const Epilogue<Bf16, float> epilogue(args);
+  const Slices slices(args);
+  const Source own = source;  // known to be nobody else's
   Lines<kRows, Bf16> lines(epilogue, row, rows);
-  for (int64_t b = b0; b < b1; ++b) {
-    for (int64_t r0 = 0; r0 < args.r; r0 += 8) {
-      sums(source.slice(b, r0), lines.place(b * args.r + r0, args.r - r0 < 8 ? args.r - r0 : 8));
-    }
+  for (int64_t s = b0 * slices.per_row; s < b1 * slices.per_row; ++s) {
+    sums(own.slice(s), lines.place(slices.output(s), slices.outputs(s)));
   }
   lines.flush();
 }
@@ -182,10 +206,18 @@ SP_INLINE void dot_row(const Pairs<Index>& pairs, const float* x, float* to) {
   const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
     __m512i bits = _mm512_load_si512(pairs.weights + 8 * t);
     SP_KEEP(bits);  // one load, not one for each use
-    const Index* in = pairs.inputs + 2 * t;
+    Columns a, b;
+    if constexpr (sizeof(Index) == 2) {
+      uint64_t four;
+      memcpy(&four, pairs.inputs + 2 * t, sizeof four);
+      a = {static_cast<int64_t>(four & 0xffff), static_cast<int64_t>(four >> 16 & 0xffff)};
+      b = {static_cast<int64_t>(four >> 32 & 0xffff), static_cast<int64_t>(four >> 48)};
+    } else {
+      a = columns_of(pairs.inputs, t), b = columns_of(pairs.inputs, t + 1);
+    }
     const __m512i high = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
-    first[q] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), two(in[0], in[2]), first[q]);
-    second[q] = _mm512_fmadd_ps(_mm512_castsi512_ps(high), two(in[1], in[3]), second[q]);
+    first[q] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), two(a.first, b.first), first[q]);
+    second[q] = _mm512_fmadd_ps(_mm512_castsi512_ps(high), two(a.second, b.second), second[q]);
   };
   int64_t t = 0;
   for (; t + 2 < pairs.count; t += 4) {
@@ -197,16 +229,44 @@ SP_INLINE void dot_row(const Pairs<Index>& pairs, const float* x, float* to) {
   _mm256_storeu_ps(to, _mm512_castps512_ps256(sum) + _mm512_extractf32x8_ps(sum, 1));
 }
 
-// --- M in 2..8 -------------------------------------------------------------------------------------------------------
-// One column of a panel [K][kWidth <= 8].
-template <int kWidth>
-SP_INLINE __m512i inputs_of(const Bf16* panel, int64_t k) {
-  const Bf16* from = panel + k * kWidth;
-  if constexpr (kWidth == 8) return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  if constexpr (kWidth == 4) return _mm512_castsi128_si512(_mm_loadu_si64(from));
-  return _mm512_castsi128_si512(_mm_loadu_si32(from));
+// --- panels ----------------------------------------------------------------------------------------------------------
+// A panel holds kRows rows of x in columns of kPitch words, in which the inputs stand so that unpacking two columns
+// makes the pairs, row(i) the row of word i. (A Zen 5 unpacks four registers a cycle, beside the dot products; any other
+// permutation, and a broadcast of more than a quadword, takes their place.)
+template <int kRows>
+struct Panel;
+template <>
+struct Panel<2> {
+  static constexpr int kPitch = 2;
+  static int row(int i) { return i; }
+};
+template <>
+struct Panel<4> {
+  static constexpr int kPitch = 4;
+  static int row(int i) { return i; }
+};
+template <>
+struct Panel<8> {  // low halves of the 128-bit parts: a row each, four times
+  static constexpr int kPitch = 32;
+  static int row(int i) { return i / 8 + i % 8 / 4 * 4; }
+};
+template <>
+struct Panel<16> {
+  static constexpr int kPitch = 16;
+  static int row(int i) { return i; }
+};
+template <>
+struct Panel<32> {  // after unpacking words, then dwords with themselves: two neighbours to a part, eight rows to a vector
+  static constexpr int kPitch = 32;
+  static int row(int i) { return i / 8 * 2 + i % 2 + i % 8 / 2 * 8; }
+};
+
+template <int kRows>
+void pack_panel_of(const Bf16* x, int64_t stride, int64_t rows, int64_t length, int64_t padded, Bf16* panel) {
+  pack_words<kRows, Panel<kRows>::kPitch>(&x->bits, stride, rows, length, padded, &panel->bits, Panel<kRows>::row);
 }
 
+// --- M in 2..8 -------------------------------------------------------------------------------------------------------
 // kWidth 2 or 4: a vector of sums has two rows of eight outputs. 8: four rows, in its 128-bit parts, of four outputs.
 template <int kWidth>
 struct FewSums {
@@ -214,11 +274,23 @@ struct FewSums {
   static constexpr int kHalves = kWidth == 8 ? 2 : 1;          // of the outputs
   static constexpr int kSets = 4;                              // chains of additions: the latency of the dot product
 
-  __m512i expand[kParts];
+  const __m512i expand0 = words([](int lane, int half) { return 32 * half + lane / 8; });  // kWidth 2 and 4
+  const __m512i expand1 = words([](int lane, int half) { return 32 * half + 2 + lane / 8; });
 
-  FewSums() {
-    for (int p = 0; p < kParts; ++p) {
-      expand[p] = words([&](int lane, int half) { return 32 * half + (kWidth == 8 ? 4 * p + lane / 4 : 2 * p + lane / 8); });
+  // x[p]: pairs of rows 4 * p .. or 2 * p .., spread over the outputs.
+  SP_INLINE void inputs(const Bf16* panel, const Columns& k, __m512i* x) const {
+    const Bf16 *first = panel + k.first * Panel<kWidth>::kPitch, *second = panel + k.second * Panel<kWidth>::kPitch;
+    if constexpr (kWidth <= 4) {
+      const auto column = [](const Bf16* from) SP_ALWAYS_INLINE {
+        return _mm512_castsi128_si512(kWidth == 2 ? _mm_loadu_si32(from) : _mm_loadu_si64(from));
+      };
+      const __m512i a = column(first), b = column(second);
+      x[0] = _mm512_permutex2var_epi16(a, expand0, b);
+      if constexpr (kWidth == 4) x[1] = _mm512_permutex2var_epi16(a, expand1, b);
+    } else {
+      const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+      x[0] = _mm512_unpacklo_epi16(a, b);
+      x[1] = _mm512_unpackhi_epi16(a, b);
     }
   }
 
@@ -227,9 +299,8 @@ struct FewSums {
     __m512 sum[kSets][kParts][kHalves] = {};
     const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
       const uint32_t* from = pairs.weights + 8 * t;
-      const __m512i first = inputs_of<kWidth>(panel, pairs.inputs[2 * t]);
-      const __m512i second = inputs_of<kWidth>(panel, pairs.inputs[2 * t + 1]);
-      __m512i w[kHalves];
+      __m512i x[kParts], w[kHalves];
+      inputs(panel, columns_of(pairs.inputs, t), x);
       SP_UNROLL for (int h = 0; h < kHalves; ++h) {
         if constexpr (kHalves == 2) {
           w[h] = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 4 * h)));
@@ -238,8 +309,7 @@ struct FewSums {
         }
       }
       SP_UNROLL for (int p = 0; p < kParts; ++p) {
-        const __m512i x = _mm512_permutex2var_epi16(first, expand[p], second);
-        SP_UNROLL for (int h = 0; h < kHalves; ++h) sum[q][p][h] = dot(sum[q][p][h], x, w[h]);
+        SP_UNROLL for (int h = 0; h < kHalves; ++h) sum[q][p][h] = dot(sum[q][p][h], x[p], w[h]);
       }
     };
     int64_t t = 0;
@@ -267,32 +337,45 @@ struct FewSums {
 };
 
 // --- M > 8 -----------------------------------------------------------------------------------------------------------
-// 8 * kZ rows of a panel [K][kWidth]: a vector of sums has eight rows of two outputs, so that a pair of inputs of all
+// 8 * kZ rows of a panel: a vector of sums has eight rows of two outputs, so that a pair of inputs of all
 // rows takes two loads, and a weight is broadcast two outputs at a time.
-template <int kZ, int kWidth>
+template <int kZ>
 struct PanelSums {
-  static constexpr int kSets = kZ == 2 ? 2 : 1;  // chains of additions: the latency of the dot product
+  static constexpr int kWidth = kZ == 2 ? 16 : 32;
+  static constexpr int kSets = kZ <= 3 ? 2 : 1;  // chains of additions: the latency of the dot product
 
-  __m512i expand[kZ];
+  const __m512i low = words([](int lane, int half) { return 32 * half + lane / 2; });       // kWidth 16
+  const __m512i high = words([](int lane, int half) { return 32 * half + 8 + lane / 2; });
 
-  PanelSums() {
-    for (int z = 0; z < kZ; ++z) {
-      expand[z] = words([&](int lane, int half) { return 32 * half + 8 * z + lane / 2; });
+  // x[z]: pairs of rows 8 * z .., each twice.
+  SP_INLINE void inputs(const Bf16* panel, const Columns& k, __m512i* x) const {
+    const Bf16 *first = panel + k.first * kWidth, *second = panel + k.second * kWidth;
+    if constexpr (kZ == 2) {
+      const __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
+      const __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
+      x[0] = _mm512_permutex2var_epi16(a, low, b);
+      x[1] = _mm512_permutex2var_epi16(a, high, b);
+    } else {
+      const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+      const __m512i l = _mm512_unpacklo_epi16(a, b), h = _mm512_unpackhi_epi16(a, b);
+      x[0] = _mm512_unpacklo_epi32(l, l);
+      x[1] = _mm512_unpackhi_epi32(l, l);
+      x[2] = _mm512_unpacklo_epi32(h, h);
+      if constexpr (kZ == 4) x[3] = _mm512_unpackhi_epi32(h, h);
     }
   }
 
-  SP_INLINE static __m512i column(const Bf16* panel, int64_t k) {
-    if constexpr (kWidth == 32) return _mm512_loadu_si512(panel + k * kWidth);
-    return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + k * kWidth)));
-  }
-
+  // total[z][p]: rows 8 * z .., outputs 2 * p and 2 * p + 1; start[p] of all rows.
   template <typename Index>
-  SP_INLINE void operator()(const Pairs<Index>& pairs, const Bf16* panel, float* to) const {
+  SP_INLINE void operator()(const Pairs<Index>& pairs, const Bf16* panel, const __m512* start,
+                            __m512 (*total)[4]) const {
     __m512 sum[kSets][kZ][4] = {};
+    SP_UNROLL for (int z = 0; z < kZ; ++z) {
+      SP_UNROLL for (int p = 0; p < 4; ++p) sum[0][z][p] = start[p];
+    }
     const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
-      const __m512i first = column(panel, pairs.inputs[2 * t]), second = column(panel, pairs.inputs[2 * t + 1]);
       __m512i x[kZ];
-      SP_UNROLL for (int z = 0; z < kZ; ++z) x[z] = _mm512_permutex2var_epi16(first, expand[z], second);
+      inputs(panel, columns_of(pairs.inputs, t), x);
       const double* weights = reinterpret_cast<const double*>(pairs.weights + 8 * t);
       SP_UNROLL for (int p = 0; p < 4; ++p) {
         const __m512i w = _mm512_castpd_si512(_mm512_broadcastsd_pd(_mm_load_sd(weights + p)));
@@ -304,31 +387,150 @@ struct PanelSums {
       SP_UNROLL for (int q = 0; q < kSets; ++q) add(t + q, q);
     }
     if (kSets == 2 && t < pairs.count) add(t, 0);
-    if constexpr (kSets == 2) {
-      SP_UNROLL for (int z = 0; z < kZ; ++z) {
-        SP_UNROLL for (int p = 0; p < 4; ++p) sum[0][z][p] += sum[1][z][p];
-      }
-    }
-    // To rows of eight outputs: a row's are the quadwords of one place in four vectors.
     SP_UNROLL for (int z = 0; z < kZ; ++z) {
-      const auto quads = [&](int p, bool odd) SP_ALWAYS_INLINE {
-        const __m512d a = _mm512_castps_pd(sum[0][z][p]), b = _mm512_castps_pd(sum[0][z][p + 1]);
-        return odd ? _mm512_unpackhi_pd(a, b) : _mm512_unpacklo_pd(a, b);
-      };
-      const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-      SP_UNROLL for (int odd = 0; odd < 2; ++odd) {
-        const __m512d left = quads(0, odd != 0), right = quads(2, odd != 0);
-        const __m512 top = _mm512_castpd_ps(_mm512_permutex2var_pd(left, low, right));
-        const __m512 bottom = _mm512_castpd_ps(_mm512_permutex2var_pd(left, high, right));
-        float* at = to + (8 * z + odd) * kLineStride;
-        _mm256_storeu_ps(at, _mm512_castps512_ps256(top));
-        _mm256_storeu_ps(at + 2 * kLineStride, _mm512_extractf32x8_ps(top, 1));
-        _mm256_storeu_ps(at + 4 * kLineStride, _mm512_castps512_ps256(bottom));
-        _mm256_storeu_ps(at + 6 * kLineStride, _mm512_extractf32x8_ps(bottom, 1));
-      }
+      SP_UNROLL for (int p = 0; p < 4; ++p) total[z][p] = kSets == 2 ? sum[0][z][p] + sum[kSets - 1][z][p] : sum[0][z][p];
     }
   }
 };
+
+// Eight rows of eight outputs, as PanelSums leaves them, to rows kLineStride apart: what belongs to a row is one
+// quadword of four vectors.
+SP_INLINE void put_square(const __m512* sum, float* to) {
+  const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  SP_UNROLL for (int odd = 0; odd < 2; ++odd) {
+    const auto quads = [&](int p) SP_ALWAYS_INLINE {
+      const __m512d a = _mm512_castps_pd(sum[p]), b = _mm512_castps_pd(sum[p + 1]);
+      return odd ? _mm512_unpackhi_pd(a, b) : _mm512_unpacklo_pd(a, b);
+    };
+    const __m512d left = quads(0), right = quads(2);
+    const __m512 top = _mm512_castpd_ps(_mm512_permutex2var_pd(left, low, right));
+    const __m512 bottom = _mm512_castpd_ps(_mm512_permutex2var_pd(left, high, right));
+    float* at = to + odd * kLineStride;
+    _mm256_storeu_ps(at, _mm512_castps512_ps256(top));
+    _mm256_storeu_ps(at + 2 * kLineStride, _mm512_extractf32x8_ps(top, 1));
+    _mm256_storeu_ps(at + 4 * kLineStride, _mm512_castps512_ps256(bottom));
+    _mm256_storeu_ps(at + 6 * kLineStride, _mm512_extractf32x8_ps(bottom, 1));
+  }
+}
+
+__attribute__((noinline)) void activate_all(__m512* sums, int64_t count, Activation activation) {
+  for (int64_t i = 0; i < count; ++i) sums[i] = (__m512)activate<float, 16>((Vec<float, 16>)sums[i], activation);
+}
+
+// Eight rows of four slices, from the sums of each as bf16: dword i of a half of a vector is two outputs of row i.
+template <int kZ>
+SP_INLINE void turn(const __m512i (*slices)[kZ][2], int z, __m512i* line) {
+  const __m512i low = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
+  __m512i part[2][4];  // four rows, in 128-bit parts, of the eight outputs of a slice
+  SP_UNROLL for (int s = 0; s < 4; ++s) {
+    const __m512i a = slices[s][z][0], b = slices[s][z][1];
+    part[0][s] = _mm512_permutex2var_epi32(a, low, b);
+    part[1][s] = _mm512_permutex2var_epi32(a, high, b);
+  }
+  SP_UNROLL for (int half = 0; half < 2; ++half) {
+    const __m512i* p = part[half];
+    const __m512i low0 = _mm512_shuffle_i32x4(p[0], p[1], 0x44), high0 = _mm512_shuffle_i32x4(p[0], p[1], 0xee);
+    const __m512i low1 = _mm512_shuffle_i32x4(p[2], p[3], 0x44), high1 = _mm512_shuffle_i32x4(p[2], p[3], 0xee);
+    line[4 * half] = _mm512_shuffle_i32x4(low0, low1, 0x88);
+    line[4 * half + 1] = _mm512_shuffle_i32x4(low0, low1, 0xdd);
+    line[4 * half + 2] = _mm512_shuffle_i32x4(high0, high1, 0x88);
+    line[4 * half + 3] = _mm512_shuffle_i32x4(high0, high1, 0xdd);
+  }
+}
+
+// The bias of eight outputs, `live` of which there are, two to a vector as in PanelSums.
+SP_INLINE void start_from(const Bf16* bias, int64_t live, __m512* start) {
+  uint32_t pairs[4] = {};
+  if (bias != nullptr) {
+    if (__builtin_expect(live >= 8, 1)) {
+      memcpy(pairs, bias, sizeof pairs);
+    } else {
+      memcpy(pairs, bias, static_cast<size_t>(live) * sizeof *bias);
+    }
+  }
+  const __m512i odd = _mm512_set1_epi64(16), high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  SP_UNROLL for (int p = 0; p < 4; ++p) {
+    const __m512i two = _mm512_sllv_epi32(_mm512_set1_epi32(static_cast<int>(pairs[p])), odd);
+    start[p] = _mm512_castsi512_ps(_mm512_and_si512(two, high));
+  }
+}
+
+// For R % 8 == 0 and no residual, which is added before the rounding. Finished outputs are kept as bf16 until eight
+// cache lines of each row are there: with N a multiple of 2048 all rows of y share one set of the first cache, and a
+// line that is written alone waits 15 cycles for the second cache (Zen 5); of eight neighbours, eight rows at a time,
+// each takes two. They are written in parts between the slices of the next outputs, beside their dot products.
+template <int kZ, typename Source>
+void dot_panel_plain(const ProductArgs& args, const Source& source, const Bf16* panel, int64_t row, int64_t rows,
+                     int64_t s0, int64_t s1) {
+  constexpr int64_t kTile = 32;  // slices
+  alignas(64) __m512i tile[2][kTile][kZ][2];
+  const PanelSums<kZ> sums;
+  const Source own = source;  // known to be nobody else's
+  const Bf16* bias = static_cast<const Bf16*>(args.bias);
+  Bf16* y = static_cast<Bf16*>(args.y) + row * args.out;
+  const int64_t out = args.out;
+  const Activation activation = args.activation;
+  int side = 0;
+  int64_t begin = 0, end = 0, part = 0, parts = 0;  // outputs that wait in the other side of the tile, and in parts
+  const auto write = [&]() SP_ALWAYS_INLINE {
+    const int64_t z = part / 8, n = begin / 256 * 256 + part % 8 * 32;
+    ++part;
+    if (n + 32 <= begin || n >= end) return;
+    __m512i line[8];
+    turn<kZ>(tile[side ^ 1] + n % 256 / 8, static_cast<int>(z), line);
+    Bf16* to = y + 8 * z * out + n;
+    const int64_t before = begin > n ? begin - n : 0, after = end < n + 32 ? n + 32 - end : 0, left = rows - 8 * z;
+    if (__builtin_expect(left >= 8 && before + after == 0, 1)) {
+      SP_UNROLL for (int i = 0; i < 8; ++i) _mm512_storeu_si512(to + i * out, line[i]);
+    } else {
+      const __mmask32 live = (0xffffffffu << before) & (0xffffffffu >> after);
+      SP_UNROLL for (int i = 0; i < 8; ++i) {
+        if (i < left) _mm512_mask_storeu_epi16(to + i * out, live, line[i]);
+      }
+    }
+  };
+  for (int64_t s = s0;; side ^= 1) {
+    const int64_t first = s;
+    for (; s < s1 && (s == first || s % kTile != 0); ++s) {
+      __m512 start[4], sum[kZ][4];
+      start_from(bias == nullptr ? nullptr : bias + 8 * s, out - 8 * s, start);
+      sums(own.slice(s), panel, start, sum);
+      if (__builtin_expect(activation != Activation::kNone, 0)) {
+        __m512 copy[kZ][4];  // `sum` itself must not have an address, or it would live in memory
+        SP_UNROLL for (int i = 0; i < 4 * kZ; ++i) copy[i / 4][i % 4] = sum[i / 4][i % 4];
+        activate_all(copy[0], 4 * kZ, activation);
+        SP_UNROLL for (int i = 0; i < 4 * kZ; ++i) sum[i / 4][i % 4] = copy[i / 4][i % 4];
+      }
+      __m512i(*to)[2] = tile[side][s % kTile];
+      SP_UNROLL for (int z = 0; z < kZ; ++z) {
+        SP_UNROLL for (int h = 0; h < 2; ++h) to[z][h] = (__m512i)_mm512_cvtne2ps_pbh(sum[z][2 * h + 1], sum[z][2 * h]);
+      }
+      if (part < parts) write();
+    }
+    while (part < parts) write();
+    if (first == s) return;
+    begin = 8 * first, end = 8 * s < out ? 8 * s : out;
+    part = 0, parts = (rows + 7) / 8 * 8;
+  }
+}
+
+template <int kZ, typename Source>
+void dot_panel(const ProductArgs& args, const Source& source, const Bf16* panel, int64_t row, int64_t rows, int64_t b0,
+               int64_t b1) {
+  if (args.r % 8 == 0 && args.residual == nullptr && args.initial == nullptr) {
+    const int64_t per_row = Slices(args).per_row, all = (args.out + 7) / 8;  // some may lie past the last output
+    const int64_t end = b1 * per_row < all ? b1 * per_row : all;
+    return dot_panel_plain<kZ>(args, source, panel, row, rows, b0 * per_row, end);
+  }
+  const PanelSums<kZ> sums;
+  const __m512 zero[4] = {};
+  for_slices<8 * kZ>(args, source, row, rows, b0, b1, [&](const auto& pairs, float* to) SP_ALWAYS_INLINE {
+    __m512 sum[kZ][4];
+    sums(pairs, panel, zero, sum);
+    for (int z = 0; z < kZ; ++z) put_square(sum[z], to + 8 * z * kLineStride);
+  });
+}
 
 }  // namespace
 }  // namespace sp

@@ -28,15 +28,22 @@ struct LinearBf16 {
   // Behind the panel and its empty column.
   float* buffer() const { return scratch + (padded() + 1) * kMaxPanel; }
 
-  // Rows row .. row + taken - 1 of x as panel [padded + 1][kWidth] of bf16 or, widened, of float; the last column empty.
-  template <int kWidth, typename To>
-  void pack(int64_t row, int64_t taken, To* panel) const {
-    const uint16_t* x = &static_cast<const Bf16*>(args.x)[row * args.in].bits;
 #if defined(SP_DOT_BF16)
-    pack_words<kWidth>(x, args.in, taken, args.in, padded() + 1, &panel->bits);
+  // The next rows of x, `taken` of them, as a panel with a last column of zeros.
+  template <int kRows>
+  const Bf16* pack(int64_t row, int64_t taken) const {
+    Bf16* panel = reinterpret_cast<Bf16*>(scratch);
+    const Bf16* x = static_cast<const Bf16*>(args.x) + row * args.in;
+    pack_panel_of<kRows>(x, args.in, taken, args.in, padded() + 1, panel);
+    return panel;
+  }
 #else
+  // The next rows of x, `taken` of them, as floats [padded][kWidth].
+  template <int kWidth>
+  void pack(int64_t row, int64_t taken) const {
+    const uint16_t* x = &static_cast<const Bf16*>(args.x)[row * args.in].bits;
     pack_narrow<kWidth, uint16_t>(
-        taken, args.in, padded() + 1, panel,
+        taken, args.in, padded(), scratch,
         [&](int64_t i, int64_t j) SP_ALWAYS_INLINE { return load<8>(x + i * args.in + j); },
         [&](int64_t i, int64_t j) SP_ALWAYS_INLINE {
           const Bf16 value{x[i * args.in + j]};
@@ -44,8 +51,8 @@ struct LinearBf16 {
         },
         [](float* to, Vec<uint16_t, 8> v)
             SP_ALWAYS_INLINE { store<8>(to, load_wide<8>(reinterpret_cast<const Bf16*>(&v))); });
-#endif
   }
+#endif
 
   // One row as floats, zero behind the last.
   void widen_row(int64_t row) const {
@@ -58,26 +65,20 @@ struct LinearBf16 {
   }
 
 #if defined(SP_DOT_BF16)
-  template <int kWidth, typename Source>
+  template <int kRows, typename Source>
   int64_t few(const Source& source, int64_t m) const {
-    Bf16* panel = reinterpret_cast<Bf16*>(scratch);
-    const int64_t taken = m1 - m < kWidth ? m1 - m : kWidth;
-    pack<kWidth>(m, taken, panel);
-    const FewSums<kWidth> sums;
-    for_slices<kWidth>(args, source, m, taken, l0, l1,
-                       [&](const auto& pairs, float* to) SP_ALWAYS_INLINE { sums(pairs, panel, to); });
+    const int64_t taken = m1 - m < kRows ? m1 - m : kRows;
+    const Bf16* panel = pack<kRows>(m, taken);
+    const FewSums<kRows> sums;
+    for_slices<kRows>(args, source, m, taken, l0, l1,
+                      [&](const auto& pairs, float* to) SP_ALWAYS_INLINE { sums(pairs, panel, to); });
     return taken;
   }
 
   template <int kZ, typename Source>
   int64_t many(const Source& source, int64_t m) const {
-    constexpr int kWidth = kZ == 2 ? 16 : 32;
-    Bf16* panel = reinterpret_cast<Bf16*>(scratch);
-    const int64_t taken = m1 - m < kWidth ? m1 - m : kWidth;
-    pack<kWidth>(m, taken, panel);
-    const PanelSums<kZ, kWidth> sums;
-    for_slices<8 * kZ>(args, source, m, taken, l0, l1,
-                       [&](const auto& pairs, float* to) SP_ALWAYS_INLINE { sums(pairs, panel, to); });
+    const int64_t taken = m1 - m < 8 * kZ ? m1 - m : 8 * kZ;
+    dot_panel<kZ>(args, source, pack<PanelSums<kZ>::kWidth>(m, taken), m, taken, l0, l1);
     return taken;
   }
 
@@ -128,7 +129,7 @@ struct LinearBf16 {
       const auto take = [&](auto width) {
         constexpr int kWidth = decltype(width)::value;
         const int64_t taken = left < kWidth ? left : kWidth;
-        pack<kWidth>(m, taken, scratch);
+        pack<kWidth>(m, taken);
         return taken;
       };
       int64_t taken = 1;
