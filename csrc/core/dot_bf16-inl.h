@@ -1,13 +1,17 @@
 // bf16 products by vdpbf16ps: every dword lane adds two products, of an input pair (a, b) with the weights of one
 // output.
 //
-// A pair is two columns of one block row: two consecutive blocks when C = 1, else two neighbours in a block. Weights
-// are stored column by column, so a vpermw makes the pairs of eight outputs; those of x come from a panel [K][rows].
-// Maths  vdpbf16ps: products exact, sums float, denormal operands and results taken as zero
-// Cost   M in 2..8: a Zen 4 spends 2 to 3 cycles a block on permutes and dot products together. Above: bound by the dot
-//        products (one 512-bit a cycle), the weights of a block row are paired once per panel in a buffer in L1
+// A pair is two columns of one slice, the eight (or last fewer) outputs of a block row: weights [pair][8][2], the
+// columns of x [pair][2]. An even number of pairs: what is missing has weights 0 and names a column that x does not
+// have, whose input is 0. Made once for a prepared product (arrange_bf16), else slice by slice into a buffer.
+// Maths  vdpbf16ps: products exact, sums float, denormal operands and results taken as zero. M = 1: float multiply-adds
+// Cost   bound by loads or dot products, whichever are more (a Zen 5 does two of each per cycle, 512 bits wide, a Zen 4
+//        one), per pair: M = 1 2.5 / 2 loads; M = 2..4 3 loads; M = 5..8 4 and 4; above, per eight rows 4 dot products,
+//        with 6 loads for up to 32 rows
 #pragma once
 
+#include "core/interleave-inl.h"
+#include "core/lines-inl.h"
 #include "core/widen-inl.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
@@ -17,253 +21,515 @@ namespace {
 
 SP_INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
-// Index vector of a permute of words: index(dword, half). Opaque to the compiler, which would read a constant from
-// memory at every use in a loop, 64 bytes each time.
-template <typename F>
-SP_INLINE __m512i words(const F& index) {
-  alignas(64) uint16_t lanes[32];
-  for (int i = 0; i < 32; ++i) lanes[i] = static_cast<uint16_t>(index(i / 2, i % 2));
-  __m512i v = _mm512_load_si512(lanes);
-  asm("" : "+v"(v));
-  return v;
+// --- pairs -----------------------------------------------------------------------------------------------------------
+template <typename Index>
+struct Pairs {
+  const uint32_t* weights;
+  const Index* inputs;
+  int64_t count;  // without the one that makes them even
+};
+
+SP_INLINE int64_t padded_inputs(const ProductArgs& args) { return (args.in + args.c - 1) / args.c * args.c; }
+
+// Slices of the block rows, numbered through.
+struct Slices {
+  int64_t height, per_row;
+
+  explicit Slices(const ProductArgs& args) : height(args.r), per_row((args.r + 7) / 8) {}
+
+  SP_INLINE int64_t row(int64_t s) const { return per_row == 1 ? s : s / per_row; }
+  SP_INLINE int64_t within(int64_t s) const { return per_row == 1 ? 0 : s % per_row * 8; }  // first output in its row
+  SP_INLINE int64_t output(int64_t s) const { return row(s) * height + within(s); }
+  SP_INLINE int64_t outputs(int64_t s) const { return height - within(s) < 8 ? height - within(s) : 8; }
+};
+
+SP_INLINE int64_t pairs_of(const ProductArgs& args, int64_t row) {
+  return ((args.begin[row + 1] - args.begin[row]) * args.c + 1) / 2;
 }
 
-SP_INLINE __m128i eight(const Bf16* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
-
-// Calls pair(a, b, k, l, set, both) for the pairs of slice r0 of block row b: weights at a and b, inputs k and l, a set
-// of sums from 0 .. kSets - 1 that varies from pair to pair. `both` is Int<0> for a lone last column: then b and l are
-// a, k.
-template <int kSets, typename L, typename Pair>
-SP_INLINE void pairs(const L& lists, int64_t b, int64_t r0, const Pair& pair) {
-  int64_t e = lists.crow[b];
-  const int64_t end = lists.crow[b + 1];
+// Writes the pairs of slice s.
+template <typename L, typename Index>
+SP_INLINE void make_pairs(const L& lists, const Slices& slices, int64_t s, int64_t padded, uint32_t* weights,
+                          Index* inputs) {
+  const int64_t r0 = slices.within(s), height = slices.outputs(s);
+  const Index none = static_cast<Index>(padded);
+  const auto column = [&](const Bf16* from) SP_ALWAYS_INLINE {
+    if (height == 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + r0));
+    return _mm_maskz_loadu_epi16(static_cast<__mmask8>((1 << height) - 1), from + r0);
+  };
+  const uint32_t* start = weights;
+  const auto put = [&](__m128i first, __m128i second, Index k, Index l) SP_ALWAYS_INLINE {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(weights), _mm_unpacklo_epi16(first, second));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(weights + 4), _mm_unpackhi_epi16(first, second));
+    inputs[0] = k, inputs[1] = l;
+    weights += 8, inputs += 2;
+  };
+  const auto input = [&](int64_t e, int64_t j) SP_ALWAYS_INLINE { return static_cast<Index>(lists.input(e) + j); };
+  const __m128i zero = _mm_setzero_si128();
+  int64_t e = lists.crow[slices.row(s)];
+  const int64_t end = lists.crow[slices.row(s) + 1];
   if (lists.c() == 1) {
-    const auto blocks = [&](int64_t p, int set) SP_ALWAYS_INLINE {
-      pair(lists.block(p) + r0, lists.block(p + 1) + r0, lists.input(p), lists.input(p + 1), set, Int<1>{});
-    };
-    for (; e + 2 * kSets <= end; e += 2 * kSets) {
-      SP_UNROLL for (int q = 0; q < kSets; ++q) blocks(e + 2 * q, q);
-    }
-    for (; e + 2 <= end; e += 2) blocks(e, 0);
-    if (e < end) pair(lists.block(e) + r0, lists.block(e) + r0, lists.input(e), lists.input(e), 0, Int<0>{});
-    return;
-  }
-  for (; e < end; ++e) {
-    const Bf16* block = lists.block(e) + r0;
-    const int64_t k = lists.input(e), r = lists.r();
-    const auto columns = [&](int64_t j, int set) SP_ALWAYS_INLINE {
-      pair(block + j * r, block + (j + 1) * r, k + j, k + j + 1, set, Int<1>{});
-    };
-    int64_t j = 0;
-    for (; j + 2 * kSets <= lists.c(); j += 2 * kSets) {
-      SP_UNROLL for (int q = 0; q < kSets; ++q) columns(j + 2 * q, q);
-    }
-    for (; j + 2 <= lists.c(); j += 2) columns(j, 0);
-    if (j < lists.c()) pair(block + j * r, block + j * r, k + j, k + j, 0, Int<0>{});
-  }
-}
-
-// Eight weights of a in the lower half of 32 bytes, of b (or zeros) in the upper.
-template <bool kTogether, bool kBoth>
-SP_INLINE __m512i weights_of(const Bf16* a, const Bf16* b) {
-  if (!kBoth) return _mm512_zextsi128_si512(eight(a));
-  if (kTogether) return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
-  return _mm512_castsi256_si512(_mm256_inserti128_si256(_mm256_castsi128_si256(eight(a)), eight(b), 1));
-}
-
-// One row of a panel [K][kWidth <= 8].
-template <int kWidth>
-SP_INLINE __m512i inputs_of(const Bf16* panel, int64_t k) {
-  const Bf16* from = panel + k * kWidth;
-  if constexpr (kWidth == 8) return _mm512_castsi128_si512(eight(from));
-  if constexpr (kWidth == 4) return _mm512_castsi128_si512(_mm_loadu_si64(from));
-  return _mm512_castsi128_si512(_mm_loadu_si32(from));
-}
-
-// 2 <= M <= 8, R % 8 == 0. kWidth 4 or 8: a vector of sums has four rows in its 128-bit parts, four outputs in each;
-// both operands are expanded to that by permutes. kWidth 2: two rows of eight outputs.
-template <int kWidth, typename L>
-void dot_few_rows(const L& lists, const Epilogue<Bf16, float>& epilogue, const Bf16* panel, int64_t row, int64_t rows,
-                  int64_t b0, int64_t b1) {
-  constexpr int kRowParts = kWidth == 8 ? 2 : 1, kOutParts = kWidth == 2 ? 1 : 2;
-  constexpr int kSets = 4 / (kRowParts * kOutParts) < 2 ? 2 : 4 / (kRowParts * kOutParts);
-  __m512i expand_w[kOutParts], expand_x[kRowParts];
-  for (int p = 0; p < kOutParts; ++p) {
-    expand_w[p] = words([&](int lane, int half) { return 8 * half + (kWidth == 2 ? lane % 8 : 4 * p + lane % 4); });
-  }
-  for (int p = 0; p < kRowParts; ++p) {
-    expand_x[p] = words([&](int lane, int half) { return 32 * half + (kWidth == 2 ? lane / 8 : 4 * p + lane / 4); });
-  }
-  alignas(64) float tile[kRowParts * 4][8];
-  for (int64_t b = b0; b < b1; ++b) {
-    for (int64_t r0 = 0; r0 < lists.r(); r0 += 8) {
-      __m512 sum[kSets][kRowParts][kOutParts] = {};
-      pairs<kSets>(lists, b, r0,
-                   [&](const Bf16* a, const Bf16* c, int64_t k, int64_t l, int q, auto two) SP_ALWAYS_INLINE {
-                     constexpr bool kBoth = decltype(two)::value == 1;
-                     const __m512i both = weights_of<L::kContiguous, kBoth>(a, c);
-                     const __m512i first = inputs_of<kWidth>(panel, k);
-                     const __m512i second = kBoth ? inputs_of<kWidth>(panel, l) : _mm512_setzero_si512();
-                     __m512i w[kOutParts];
-                     SP_UNROLL for (int p = 0; p < kOutParts; ++p) w[p] = _mm512_permutexvar_epi16(expand_w[p], both);
-                     SP_UNROLL for (int p = 0; p < kRowParts; ++p) {
-                       const __m512i x = _mm512_permutex2var_epi16(first, expand_x[p], second);
-                       SP_UNROLL for (int o = 0; o < kOutParts; ++o) sum[q][p][o] = dot(sum[q][p][o], w[o], x);
-                     }
-                   });
-      SP_UNROLL for (int p = 0; p < kRowParts; ++p) {
-        SP_UNROLL for (int o = 0; o < kOutParts; ++o) {
-          __m512 total = sum[0][p][o];
-          SP_UNROLL for (int q = 1; q < kSets; ++q) total += sum[q][p][o];
-          if (kWidth == 2) {
-            _mm512_store_ps(tile[0], total);
-          } else {
-            _mm_store_ps(tile[4 * p] + 4 * o, _mm512_castps512_ps128(total));
-            _mm_store_ps(tile[4 * p + 1] + 4 * o, _mm512_extractf32x4_ps(total, 1));
-            _mm_store_ps(tile[4 * p + 2] + 4 * o, _mm512_extractf32x4_ps(total, 2));
-            _mm_store_ps(tile[4 * p + 3] + 4 * o, _mm512_extractf32x4_ps(total, 3));
-          }
-        }
+    for (; e + 2 <= end; e += 2) put(column(lists.block(e)), column(lists.block(e + 1)), input(e, 0), input(e + 1, 0));
+    if (e < end) put(column(lists.block(e)), zero, input(e, 0), none);
+  } else {
+    __m128i waiting = zero;
+    Index at = none;
+    bool odd = false;
+    for (; e < end; ++e) {
+      for (int64_t j = 0; j < lists.c(); ++j, odd = !odd) {
+        const __m128i more = column(lists.block(e) + j * lists.r());
+        if (odd) put(waiting, more, at, input(e, j));
+        waiting = more, at = input(e, j);
       }
-      const int64_t n = b * lists.r() + r0, live = lists.live(b, r0, 8);
-      for (int64_t i = 0; i < rows; ++i) put_row<8>(epilogue, row + i, n, load<8>(tile[i]), live);
     }
+    if (odd) put(waiting, zero, at, none);
   }
+  if ((weights - start) % 16 != 0) put(zero, zero, none, none);
 }
 
-// The pairs of one block row as the panel kernel reads them: weights[t][8] dwords, one per output, and where the two
-// columns of x start in the panel. A lone last column is paired with row `empty` of the panel, which holds zeros.
-struct PairBuffer {
+// Pairs of all slices in a row, and before them where those of a slice start. Weights are 64-byte aligned.
+struct ArrangedPairs {
+  using Index = uint16_t;
+  struct Slice {
+    int32_t start, count;
+  };
+
+  ArrangedPairs(const ProductArgs& args, void* to)
+      : slices(static_cast<Slice*>(to)), weights(reinterpret_cast<uint32_t*>(slices + room(args))) {}
+
+  explicit ArrangedPairs(const ProductArgs& args) : ArrangedPairs(args, const_cast<void*>(args.arranged)) {
+    inputs = reinterpret_cast<Index*>(weights + 8 * int64_t(slices[args.lists * Slices(args).per_row].start));
+  }
+
+  SP_INLINE static int64_t room(const ProductArgs& args) { return (args.lists * Slices(args).per_row + 8) / 8 * 8; }
+
+  SP_INLINE Pairs<Index> slice(int64_t s) const {
+    const int64_t start = slices[s].start;
+    return {weights + 8 * start, inputs + 2 * start, slices[s].count};
+  }
+
+  Slice* slices;  // one more than there are, for the end
   uint32_t* weights;
-  int32_t* starts;  // two per pair
-
-  // Room for two pairs per three columns, which blocks of C = 3 need; other C need less.
-  PairBuffer(float* buffer, int64_t padded)
-      : weights(reinterpret_cast<uint32_t*>(buffer)),
-        starts(reinterpret_cast<int32_t*>(weights + (padded * 2 / 3 + 2) * 8)) {}
+  Index* inputs = nullptr;
 };
 
-// Fills the buffer for outputs r0 .. r0 + height - 1 (weights of the others: zero). Returns the number of pairs.
-template <typename L>
-SP_INLINE int64_t pair_columns(const L& lists, int64_t b, int64_t r0, int64_t height, int64_t width, int64_t empty,
-                               const PairBuffer& buffer) {
-  const __m512i interleave = words([](int lane, int half) { return 8 * half + lane % 8; });
-  int64_t t = 0;
-  pairs<1>(lists, b, r0, [&](const Bf16* a, const Bf16* c, int64_t k, int64_t l, int, auto two) SP_ALWAYS_INLINE {
-    constexpr bool kBoth = decltype(two)::value == 1;
-    if (height == 8) {
-      const __m512i both = _mm512_permutexvar_epi16(interleave, weights_of<false, kBoth>(a, c));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer.weights + t * 8), _mm512_castsi512_si256(both));
-    } else {
-      for (int64_t i = 0; i < 8; ++i) {
-        const uint32_t low = i < height ? a[i].bits : 0, high = i < height && kBoth ? c[i].bits : 0;
-        buffer.weights[t * 8 + i] = low | high << 16;
+// Arrange (types.h) for linear_bf16.
+size_t arrange_bf16(const ProductArgs& args, void* to) {
+  const int64_t padded = padded_inputs(args);
+  if (padded > 0xffff) return 0;
+  const Slices slices(args);
+  const int64_t count = args.lists * slices.per_row;
+  int64_t pairs = 0;
+  for (int64_t s = 0; s <= count; ++s) {
+    const int64_t more = s == count ? 0 : pairs_of(args, slices.row(s));
+    if (to != nullptr) {
+      static_cast<ArrangedPairs::Slice*>(to)[s] = {static_cast<int32_t>(pairs), static_cast<int32_t>(more)};
+    }
+    pairs += (more + 1) / 2 * 2;
+  }
+  if (to != nullptr) {
+    ProductArgs done = args;
+    done.arranged = to;
+    const ArrangedPairs arranged(done);
+    with_lists<Bf16>(args, [&](const auto& lists) {
+      for (int64_t s = 0; s < count; ++s) {
+        const int64_t start = arranged.slices[s].start;
+        make_pairs(lists, slices, s, padded, arranged.weights + 8 * start, arranged.inputs + 2 * start);
       }
-    }
-    buffer.starts[2 * t] = static_cast<int32_t>(k * width);
-    buffer.starts[2 * t + 1] = static_cast<int32_t>((kBoth ? l : empty) * width);
-    ++t;
-  });
-  return t;
+    });
+  }
+  return static_cast<size_t>(ArrangedPairs::room(args)) * sizeof(ArrangedPairs::Slice) +
+         static_cast<size_t>(pairs) * (32 + 4);
 }
 
-// Sums of kS outputs and 16 * kZ rows of a K-major panel.
-template <int kS, int kZ>
-struct PanelSums {
-  static constexpr int kWidth = 16 * kZ;
-  __m512 sum[kS][kZ] = {};
-  const __m512i low = words([](int lane, int half) { return 32 * half + lane; });
-  const __m512i high = words([](int lane, int half) { return 32 * half + 16 + lane; });
+// Pairs of the slice asked for last, in a buffer with room for all columns of x.
+template <typename L>
+struct BufferedPairs {
+  using Index = int32_t;
 
-  SP_INLINE void add(const Bf16* a, const Bf16* b, const uint32_t* weights) {
-    __m512i x[kZ];
-    if constexpr (kZ == 2) {
-      const __m512i first = _mm512_loadu_si512(a), second = _mm512_loadu_si512(b);
-      x[0] = _mm512_permutex2var_epi16(first, low, second);
-      x[1] = _mm512_permutex2var_epi16(first, high, second);
-    } else {
-      const __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
-      const __m512i second = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
-      x[0] = _mm512_permutex2var_epi16(first, low, second);
-    }
-    SP_UNROLL for (int r = 0; r < kS; ++r) {
-      const __m512i w = _mm512_set1_epi32(static_cast<int>(weights[r]));
-      SP_UNROLL for (int z = 0; z < kZ; ++z) sum[r][z] = dot(sum[r][z], x[z], w);
-    }
+  BufferedPairs(const ProductArgs& args, const L& lists, void* buffer)
+      : args(args),
+        lists(lists),
+        slices(args),
+        padded(padded_inputs(args)),
+        weights(static_cast<uint32_t*>(buffer)),
+        inputs(reinterpret_cast<Index*>(weights + (padded / 2 + 2) * 8)) {}
+
+  SP_INLINE Pairs<Index> slice(int64_t s) const {
+    make_pairs(lists, slices, s, padded, weights, inputs);
+    return {weights, inputs, pairs_of(args, slices.row(s))};
   }
 
-  SP_INLINE void put(float* tile) const {
-    SP_UNROLL for (int r = 0; r < kS; ++r) {
-      SP_UNROLL for (int z = 0; z < kZ; ++z) _mm512_store_ps(tile + r * kWidth + z * 16, sum[r][z]);
-    }
-  }
+  const ProductArgs& args;
+  const L& lists;
+  Slices slices;
+  int64_t padded;
+  uint32_t* weights;
+  Index* inputs;
 };
 
-template <int kS, int kZ>
-SP_INLINE void dot_slice(const Bf16* panel, const PairBuffer& buffer, int64_t count, float* tile) {
-  PanelSums<kS, kZ> sums;
-  for (int64_t t = 0; t < count; ++t) {
-    sums.add(panel + buffer.starts[2 * t], panel + buffer.starts[2 * t + 1], buffer.weights + 8 * t);
+// The two columns of pair t: in one load where they are narrow, since loads are what binds most kernels here.
+struct Columns {
+  int64_t first, second;
+};
+SP_INLINE Columns columns_of(const uint16_t* inputs, int64_t t) {
+  uint32_t both;
+  memcpy(&both, inputs + 2 * t, sizeof both);
+  return {both & 0xffff, both >> 16};
+}
+SP_INLINE Columns columns_of(const int32_t* inputs, int64_t t) { return {inputs[2 * t], inputs[2 * t + 1]}; }
+
+// Calls sums(pairs, to) for every slice of block rows b0 .. b1 - 1: it writes what `rows` rows have for eight outputs.
+template <int kRows, typename Source, typename Sums>
+SP_INLINE void for_slices(const ProductArgs& args, const Source& source, int64_t row, int64_t rows, int64_t b0,
+                          int64_t b1, const Sums& sums) {
+  const Epilogue<Bf16, float> epilogue(args);
+  const Slices slices(args);
+  const Source own = source;  // known to be nobody else's
+  Lines<kRows, Bf16> lines(epilogue, row, rows);
+  for (int64_t s = b0 * slices.per_row; s < b1 * slices.per_row; ++s) {
+    sums(own.slice(s), lines.place(slices.output(s), slices.outputs(s)));
   }
-  sums.put(tile);
+  lines.flush();
 }
 
-// The same for 8x1 blocks, whose pairs are made kAhead pairs before their use, in the shadow of the dot products.
-template <int kZ, typename L>
-SP_INLINE void dot_slice_8x1(const L& lists, const Bf16* panel, int64_t b, int64_t empty, const PairBuffer& buffer,
-                             float* tile) {
-  constexpr int64_t kAhead = 8;
-  const __m512i interleave = words([](int lane, int half) { return 8 * half + lane % 8; });
-  const int64_t begin = lists.crow[b], length = lists.crow[b + 1] - begin, count = length / 2;
-  const auto make = [&](int64_t t, auto two) SP_ALWAYS_INLINE {
-    const Bf16 *first = lists.block(begin + 2 * t), *second = lists.block(begin + 2 * t + decltype(two)::value);
-    const __m512i both = weights_of<L::kContiguous, decltype(two)::value == 1>(first, second);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer.weights + t * 8),
-                        _mm512_castsi512_si256(_mm512_permutexvar_epi16(interleave, both)));
+// --- M = 1 -----------------------------------------------------------------------------------------------------------
+// Weights of the first column are the low halves of the dwords, of the second the high halves, so that a shift and a
+// mask widen them; two pairs at a time. x: floats, 0 behind the last.
+template <typename Index>
+SP_INLINE void dot_row(const Pairs<Index>& pairs, const float* x, float* to) {
+  constexpr int kSets = 2;
+  __m512 first[kSets] = {}, second[kSets] = {};
+  const auto two = [&](int64_t k, int64_t l) SP_ALWAYS_INLINE {
+    return _mm512_mask_broadcastss_ps(_mm512_broadcastss_ps(_mm_load_ss(x + k)), 0xff00, _mm_load_ss(x + l));
   };
-  const auto* col = lists.col + begin;
-  PanelSums<8, kZ> sums;
-  for (int64_t t = 0; t < kAhead && t < count; ++t) make(t, Int<1>{});
-  const auto add = [&](int64_t t) SP_ALWAYS_INLINE {
-    sums.add(panel + int64_t(col[2 * t]) * (16 * kZ), panel + int64_t(col[2 * t + 1]) * (16 * kZ),
-             buffer.weights + 8 * t);
+  const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
+    __m512i bits = _mm512_load_si512(pairs.weights + 8 * t);
+    SP_KEEP(bits);  // one load, not one for each use
+    Columns a, b;
+    if constexpr (sizeof(Index) == 2) {
+      uint64_t four;
+      memcpy(&four, pairs.inputs + 2 * t, sizeof four);
+      a = {static_cast<int64_t>(four & 0xffff), static_cast<int64_t>(four >> 16 & 0xffff)};
+      b = {static_cast<int64_t>(four >> 32 & 0xffff), static_cast<int64_t>(four >> 48)};
+    } else {
+      a = columns_of(pairs.inputs, t), b = columns_of(pairs.inputs, t + 1);
+    }
+    const __m512i high = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+    first[q] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), two(a.first, b.first), first[q]);
+    second[q] = _mm512_fmadd_ps(_mm512_castsi512_ps(high), two(a.second, b.second), second[q]);
   };
   int64_t t = 0;
-  for (; t + kAhead < count; ++t) {
-    make(t + kAhead, Int<1>{});
-    add(t);
+  for (; t + 2 < pairs.count; t += 4) {
+    add(t, 0);
+    add(t + 2, 1);
   }
-  for (; t < count; ++t) add(t);
-  if (length % 2 != 0) {
-    make(count, Int<0>{});
-    sums.add(panel + int64_t(col[2 * count]) * (16 * kZ), panel + empty * (16 * kZ), buffer.weights + 8 * count);
-  }
-  sums.put(tile);
+  if (t < pairs.count) add(t, 0);
+  const __m512 sum = (first[0] + second[0]) + (first[1] + second[1]);
+  _mm256_storeu_ps(to, _mm512_castps512_ps256(sum) + _mm512_extractf32x8_ps(sum, 1));
 }
 
-// `buffer` has room for the pairs of one block row; row `padded` of the panel holds zeros.
-template <int kZ, typename L>
-void dot_panel(const L& lists, const Epilogue<Bf16, float>& epilogue, const Bf16* panel, float* buffer, int64_t padded,
-               int64_t row, int64_t rows, int64_t b0, int64_t b1) {
-  constexpr int kWidth = 16 * kZ;
-  alignas(64) float tile[8 * kWidth];
-  const PairBuffer pairs(buffer, padded);
-  for (int64_t b = b0; b < b1; ++b) {
-    for (int64_t r0 = 0; r0 < lists.r(); r0 += 8) {
-      const int64_t height = lists.r() - r0 < 8 ? lists.r() - r0 : 8;
-      if constexpr (L::kEightByOne) {
-        dot_slice_8x1<kZ>(lists, panel, b, padded, pairs, tile);
-      } else {
-        const int64_t count = pair_columns(lists, b, r0, height, kWidth, padded, pairs);
-        if (height > 4) {
-          dot_slice<8, kZ>(panel, pairs, count, tile);
+// --- panels ----------------------------------------------------------------------------------------------------------
+// A panel holds kRows rows of x in columns of kPitch words, in which the inputs stand so that unpacking two columns
+// makes the pairs, row(i) the row of word i. (A Zen 5 unpacks four registers a cycle, beside the dot products; any other
+// permutation, and a broadcast of more than a quadword, takes their place.)
+template <int kRows>
+struct Panel;
+template <>
+struct Panel<2> {
+  static constexpr int kPitch = 2;
+  static int row(int i) { return i; }
+};
+template <>
+struct Panel<4> {
+  static constexpr int kPitch = 4;
+  static int row(int i) { return i; }
+};
+template <>
+struct Panel<8> {  // low halves of the 128-bit parts: a row each, four times
+  static constexpr int kPitch = 32;
+  static int row(int i) { return i / 8 + i % 8 / 4 * 4; }
+};
+template <>
+struct Panel<16> {
+  static constexpr int kPitch = 16;
+  static int row(int i) { return i; }
+};
+template <>
+struct Panel<32> {  // after unpacking words, then dwords with themselves: two neighbours to a part, eight rows to a vector
+  static constexpr int kPitch = 32;
+  static int row(int i) { return i / 8 * 2 + i % 2 + i % 8 / 2 * 8; }
+};
+
+template <int kRows>
+void pack_panel_of(const Bf16* x, int64_t stride, int64_t rows, int64_t length, int64_t padded, Bf16* panel) {
+  pack_words<kRows, Panel<kRows>::kPitch>(&x->bits, stride, rows, length, padded, &panel->bits, Panel<kRows>::row);
+}
+
+// --- M in 2..8 -------------------------------------------------------------------------------------------------------
+// kWidth 2 or 4: a vector of sums has two rows of eight outputs. 8: four rows, in its 128-bit parts, of four outputs.
+template <int kWidth>
+struct FewSums {
+  static constexpr int kParts = kWidth == 8 ? 2 : kWidth / 2;  // of the rows
+  static constexpr int kHalves = kWidth == 8 ? 2 : 1;          // of the outputs
+  static constexpr int kSets = 4;                              // chains of additions: the latency of the dot product
+
+  const __m512i expand0 = words([](int lane, int half) { return 32 * half + lane / 8; });  // kWidth 2 and 4
+  const __m512i expand1 = words([](int lane, int half) { return 32 * half + 2 + lane / 8; });
+
+  // x[p]: pairs of rows 4 * p .. or 2 * p .., spread over the outputs.
+  SP_INLINE void inputs(const Bf16* panel, const Columns& k, __m512i* x) const {
+    const Bf16 *first = panel + k.first * Panel<kWidth>::kPitch, *second = panel + k.second * Panel<kWidth>::kPitch;
+    if constexpr (kWidth <= 4) {
+      const auto column = [](const Bf16* from) SP_ALWAYS_INLINE {
+        return _mm512_castsi128_si512(kWidth == 2 ? _mm_loadu_si32(from) : _mm_loadu_si64(from));
+      };
+      const __m512i a = column(first), b = column(second);
+      x[0] = _mm512_permutex2var_epi16(a, expand0, b);
+      if constexpr (kWidth == 4) x[1] = _mm512_permutex2var_epi16(a, expand1, b);
+    } else {
+      const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+      x[0] = _mm512_unpacklo_epi16(a, b);
+      x[1] = _mm512_unpackhi_epi16(a, b);
+    }
+  }
+
+  template <typename Index>
+  SP_INLINE void operator()(const Pairs<Index>& pairs, const Bf16* panel, float* to) const {
+    __m512 sum[kSets][kParts][kHalves] = {};
+    const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
+      const uint32_t* from = pairs.weights + 8 * t;
+      __m512i x[kParts], w[kHalves];
+      inputs(panel, columns_of(pairs.inputs, t), x);
+      SP_UNROLL for (int h = 0; h < kHalves; ++h) {
+        if constexpr (kHalves == 2) {
+          w[h] = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 4 * h)));
         } else {
-          dot_slice<4, kZ>(panel, pairs, count, tile);
+          w[h] = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
         }
       }
-      put_panel<kWidth>(epilogue, tile, row, rows, b * lists.r() + r0, lists.live(b, r0, height));
+      SP_UNROLL for (int p = 0; p < kParts; ++p) {
+        SP_UNROLL for (int h = 0; h < kHalves; ++h) sum[q][p][h] = dot(sum[q][p][h], x[p], w[h]);
+      }
+    };
+    int64_t t = 0;
+    for (; t + kSets <= pairs.count; t += kSets) {
+      SP_UNROLL for (int q = 0; q < kSets; ++q) add(t + q, q);
+    }
+    for (; t < pairs.count; ++t) add(t, 0);
+    SP_UNROLL for (int p = 0; p < kParts; ++p) {
+      SP_UNROLL for (int h = 0; h < kHalves; ++h) {
+        SP_UNROLL for (int q = 1; q < kSets; ++q) sum[0][p][h] += sum[q][p][h];
+        const __m512 v = sum[0][p][h];
+        if constexpr (kHalves == 2) {
+          float* at = to + 4 * p * kLineStride + 4 * h;
+          _mm_storeu_ps(at, _mm512_castps512_ps128(v));
+          _mm_storeu_ps(at + kLineStride, _mm512_extractf32x4_ps(v, 1));
+          _mm_storeu_ps(at + 2 * kLineStride, _mm512_extractf32x4_ps(v, 2));
+          _mm_storeu_ps(at + 3 * kLineStride, _mm512_extractf32x4_ps(v, 3));
+        } else {
+          _mm256_storeu_ps(to + 2 * p * kLineStride, _mm512_castps512_ps256(v));
+          _mm256_storeu_ps(to + (2 * p + 1) * kLineStride, _mm512_extractf32x8_ps(v, 1));
+        }
+      }
     }
   }
+};
+
+// --- M > 8 -----------------------------------------------------------------------------------------------------------
+// 8 * kZ rows of a panel: a vector of sums has eight rows of two outputs, so that a pair of inputs of all
+// rows takes two loads, and a weight is broadcast two outputs at a time.
+template <int kZ>
+struct PanelSums {
+  static constexpr int kWidth = kZ == 2 ? 16 : 32;
+  static constexpr int kSets = kZ <= 3 ? 2 : 1;  // chains of additions: the latency of the dot product
+
+  const __m512i low = words([](int lane, int half) { return 32 * half + lane / 2; });       // kWidth 16
+  const __m512i high = words([](int lane, int half) { return 32 * half + 8 + lane / 2; });
+
+  // x[z]: pairs of rows 8 * z .., each twice.
+  SP_INLINE void inputs(const Bf16* panel, const Columns& k, __m512i* x) const {
+    const Bf16 *first = panel + k.first * kWidth, *second = panel + k.second * kWidth;
+    if constexpr (kZ == 2) {
+      const __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
+      const __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
+      x[0] = _mm512_permutex2var_epi16(a, low, b);
+      x[1] = _mm512_permutex2var_epi16(a, high, b);
+    } else {
+      const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+      const __m512i l = _mm512_unpacklo_epi16(a, b), h = _mm512_unpackhi_epi16(a, b);
+      x[0] = _mm512_unpacklo_epi32(l, l);
+      x[1] = _mm512_unpackhi_epi32(l, l);
+      x[2] = _mm512_unpacklo_epi32(h, h);
+      if constexpr (kZ == 4) x[3] = _mm512_unpackhi_epi32(h, h);
+    }
+  }
+
+  // total[z][p]: rows 8 * z .., outputs 2 * p and 2 * p + 1; start[p] of all rows.
+  template <typename Index>
+  SP_INLINE void operator()(const Pairs<Index>& pairs, const Bf16* panel, const __m512* start,
+                            __m512 (*total)[4]) const {
+    __m512 sum[kSets][kZ][4] = {};
+    SP_UNROLL for (int z = 0; z < kZ; ++z) {
+      SP_UNROLL for (int p = 0; p < 4; ++p) sum[0][z][p] = start[p];
+    }
+    const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
+      __m512i x[kZ];
+      inputs(panel, columns_of(pairs.inputs, t), x);
+      const double* weights = reinterpret_cast<const double*>(pairs.weights + 8 * t);
+      SP_UNROLL for (int p = 0; p < 4; ++p) {
+        const __m512i w = _mm512_castpd_si512(_mm512_broadcastsd_pd(_mm_load_sd(weights + p)));
+        SP_UNROLL for (int z = 0; z < kZ; ++z) sum[q][z][p] = dot(sum[q][z][p], x[z], w);
+      }
+    };
+    int64_t t = 0;
+    for (; t + kSets <= pairs.count; t += kSets) {
+      SP_UNROLL for (int q = 0; q < kSets; ++q) add(t + q, q);
+    }
+    if (kSets == 2 && t < pairs.count) add(t, 0);
+    SP_UNROLL for (int z = 0; z < kZ; ++z) {
+      SP_UNROLL for (int p = 0; p < 4; ++p) total[z][p] = kSets == 2 ? sum[0][z][p] + sum[kSets - 1][z][p] : sum[0][z][p];
+    }
+  }
+};
+
+// Eight rows of eight outputs, as PanelSums leaves them, to rows kLineStride apart: what belongs to a row is one
+// quadword of four vectors.
+SP_INLINE void put_square(const __m512* sum, float* to) {
+  const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  SP_UNROLL for (int odd = 0; odd < 2; ++odd) {
+    const auto quads = [&](int p) SP_ALWAYS_INLINE {
+      const __m512d a = _mm512_castps_pd(sum[p]), b = _mm512_castps_pd(sum[p + 1]);
+      return odd ? _mm512_unpackhi_pd(a, b) : _mm512_unpacklo_pd(a, b);
+    };
+    const __m512d left = quads(0), right = quads(2);
+    const __m512 top = _mm512_castpd_ps(_mm512_permutex2var_pd(left, low, right));
+    const __m512 bottom = _mm512_castpd_ps(_mm512_permutex2var_pd(left, high, right));
+    float* at = to + odd * kLineStride;
+    _mm256_storeu_ps(at, _mm512_castps512_ps256(top));
+    _mm256_storeu_ps(at + 2 * kLineStride, _mm512_extractf32x8_ps(top, 1));
+    _mm256_storeu_ps(at + 4 * kLineStride, _mm512_castps512_ps256(bottom));
+    _mm256_storeu_ps(at + 6 * kLineStride, _mm512_extractf32x8_ps(bottom, 1));
+  }
+}
+
+__attribute__((noinline)) void activate_all(__m512* sums, int64_t count, Activation activation) {
+  for (int64_t i = 0; i < count; ++i) sums[i] = (__m512)activate<float, 16>((Vec<float, 16>)sums[i], activation);
+}
+
+// Eight rows of four slices, from the sums of each as bf16: dword i of a half of a vector is two outputs of row i.
+template <int kZ>
+SP_INLINE void turn(const __m512i (*slices)[kZ][2], int z, __m512i* line) {
+  const __m512i low = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
+  __m512i part[2][4];  // four rows, in 128-bit parts, of the eight outputs of a slice
+  SP_UNROLL for (int s = 0; s < 4; ++s) {
+    const __m512i a = slices[s][z][0], b = slices[s][z][1];
+    part[0][s] = _mm512_permutex2var_epi32(a, low, b);
+    part[1][s] = _mm512_permutex2var_epi32(a, high, b);
+  }
+  SP_UNROLL for (int half = 0; half < 2; ++half) {
+    const __m512i* p = part[half];
+    const __m512i low0 = _mm512_shuffle_i32x4(p[0], p[1], 0x44), high0 = _mm512_shuffle_i32x4(p[0], p[1], 0xee);
+    const __m512i low1 = _mm512_shuffle_i32x4(p[2], p[3], 0x44), high1 = _mm512_shuffle_i32x4(p[2], p[3], 0xee);
+    line[4 * half] = _mm512_shuffle_i32x4(low0, low1, 0x88);
+    line[4 * half + 1] = _mm512_shuffle_i32x4(low0, low1, 0xdd);
+    line[4 * half + 2] = _mm512_shuffle_i32x4(high0, high1, 0x88);
+    line[4 * half + 3] = _mm512_shuffle_i32x4(high0, high1, 0xdd);
+  }
+}
+
+// The bias of eight outputs, `live` of which there are, two to a vector as in PanelSums.
+SP_INLINE void start_from(const Bf16* bias, int64_t live, __m512* start) {
+  uint32_t pairs[4] = {};
+  if (bias != nullptr) {
+    if (__builtin_expect(live >= 8, 1)) {
+      memcpy(pairs, bias, sizeof pairs);
+    } else {
+      memcpy(pairs, bias, static_cast<size_t>(live) * sizeof *bias);
+    }
+  }
+  const __m512i odd = _mm512_set1_epi64(16), high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  SP_UNROLL for (int p = 0; p < 4; ++p) {
+    const __m512i two = _mm512_sllv_epi32(_mm512_set1_epi32(static_cast<int>(pairs[p])), odd);
+    start[p] = _mm512_castsi512_ps(_mm512_and_si512(two, high));
+  }
+}
+
+// For R % 8 == 0 and no residual, which is added before the rounding. Finished outputs are kept as bf16 until eight
+// cache lines of each row are there: with N a multiple of 2048 all rows of y share one set of the first cache, and a
+// line that is written alone waits 15 cycles for the second cache (Zen 5); of eight neighbours, eight rows at a time,
+// each takes two. They are written in parts between the slices of the next outputs, beside their dot products.
+template <int kZ, typename Source>
+void dot_panel_plain(const ProductArgs& args, const Source& source, const Bf16* panel, int64_t row, int64_t rows,
+                     int64_t s0, int64_t s1) {
+  constexpr int64_t kTile = 32;  // slices
+  alignas(64) __m512i tile[2][kTile][kZ][2];
+  const PanelSums<kZ> sums;
+  const Source own = source;  // known to be nobody else's
+  const Bf16* bias = static_cast<const Bf16*>(args.bias);
+  Bf16* y = static_cast<Bf16*>(args.y) + row * args.out;
+  const int64_t out = args.out;
+  const Activation activation = args.activation;
+  int side = 0;
+  int64_t begin = 0, end = 0, part = 0, parts = 0;  // outputs that wait in the other side of the tile, and in parts
+  const auto write = [&]() SP_ALWAYS_INLINE {
+    const int64_t z = part / 8, n = begin / 256 * 256 + part % 8 * 32;
+    ++part;
+    if (n + 32 <= begin || n >= end) return;
+    __m512i line[8];
+    turn<kZ>(tile[side ^ 1] + n % 256 / 8, static_cast<int>(z), line);
+    Bf16* to = y + 8 * z * out + n;
+    const int64_t before = begin > n ? begin - n : 0, after = end < n + 32 ? n + 32 - end : 0, left = rows - 8 * z;
+    if (__builtin_expect(left >= 8 && before + after == 0, 1)) {
+      SP_UNROLL for (int i = 0; i < 8; ++i) _mm512_storeu_si512(to + i * out, line[i]);
+    } else {
+      const __mmask32 live = (0xffffffffu << before) & (0xffffffffu >> after);
+      SP_UNROLL for (int i = 0; i < 8; ++i) {
+        if (i < left) _mm512_mask_storeu_epi16(to + i * out, live, line[i]);
+      }
+    }
+  };
+  for (int64_t s = s0;; side ^= 1) {
+    const int64_t first = s;
+    for (; s < s1 && (s == first || s % kTile != 0); ++s) {
+      __m512 start[4], sum[kZ][4];
+      start_from(bias == nullptr ? nullptr : bias + 8 * s, out - 8 * s, start);
+      sums(own.slice(s), panel, start, sum);
+      if (__builtin_expect(activation != Activation::kNone, 0)) {
+        __m512 copy[kZ][4];  // `sum` itself must not have an address, or it would live in memory
+        SP_UNROLL for (int i = 0; i < 4 * kZ; ++i) copy[i / 4][i % 4] = sum[i / 4][i % 4];
+        activate_all(copy[0], 4 * kZ, activation);
+        SP_UNROLL for (int i = 0; i < 4 * kZ; ++i) sum[i / 4][i % 4] = copy[i / 4][i % 4];
+      }
+      __m512i(*to)[2] = tile[side][s % kTile];
+      SP_UNROLL for (int z = 0; z < kZ; ++z) {
+        SP_UNROLL for (int h = 0; h < 2; ++h) to[z][h] = (__m512i)_mm512_cvtne2ps_pbh(sum[z][2 * h + 1], sum[z][2 * h]);
+      }
+      if (part < parts) write();
+    }
+    while (part < parts) write();
+    if (first == s) return;
+    begin = 8 * first, end = 8 * s < out ? 8 * s : out;
+    part = 0, parts = (rows + 7) / 8 * 8;
+  }
+}
+
+template <int kZ, typename Source>
+void dot_panel(const ProductArgs& args, const Source& source, const Bf16* panel, int64_t row, int64_t rows, int64_t b0,
+               int64_t b1) {
+  if (args.r % 8 == 0 && args.residual == nullptr && args.initial == nullptr) {
+    const int64_t per_row = Slices(args).per_row, all = (args.out + 7) / 8;  // some may lie past the last output
+    const int64_t end = b1 * per_row < all ? b1 * per_row : all;
+    return dot_panel_plain<kZ>(args, source, panel, row, rows, b0 * per_row, end);
+  }
+  const PanelSums<kZ> sums;
+  const __m512 zero[4] = {};
+  for_slices<8 * kZ>(args, source, row, rows, b0, b1, [&](const auto& pairs, float* to) SP_ALWAYS_INLINE {
+    __m512 sum[kZ][4];
+    sums(pairs, panel, zero, sum);
+    for (int z = 0; z < kZ; ++z) put_square(sum[z], to + 8 * z * kLineStride);
+  });
 }
 
 }  // namespace

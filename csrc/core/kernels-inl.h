@@ -17,7 +17,7 @@ constexpr KernelTable kernels_named(const char* name) {
       .linear_f32 = &linear<float>,
       .linear_bf16 = &linear_bf16,
       .linear_i8 = &linear_i8,
-      .arrange_bf16 = nullptr,
+      .arrange_bf16 = arrange_bf16,
       .arrange_i8 = kArrangeI8,
       .linear_dx_f32 = &linear_dx<float>,
       .linear_dx_few_f32 = &linear_dx_few,
