@@ -231,8 +231,8 @@ SP_INLINE void dot_row(const Pairs<Index>& pairs, const float* x, float* to) {
 
 // --- panels ----------------------------------------------------------------------------------------------------------
 // A panel holds kRows rows of x in columns of kPitch words, in which the inputs stand so that unpacking two columns
-// makes the pairs, row(i) the row of word i. (A Zen 5 unpacks four registers a cycle, beside the dot products; any other
-// permutation, and a broadcast of more than a quadword, takes their place.)
+// makes the pairs, row(i) the row of word i. (A Zen 5 unpacks four registers a cycle, beside the dot products; any
+// other permutation, and a broadcast of more than a quadword, takes their place.)
 template <int kRows>
 struct Panel;
 template <>
@@ -256,7 +256,8 @@ struct Panel<16> {
   static int row(int i) { return i; }
 };
 template <>
-struct Panel<32> {  // after unpacking words, then dwords with themselves: two neighbours to a part, eight rows to a vector
+struct Panel<32> {  // after unpacking words, then dwords with themselves: two neighbours to a part, eight rows to a
+                    // vector
   static constexpr int kPitch = 32;
   static int row(int i) { return i / 8 * 2 + i % 2 + i % 8 / 2 * 8; }
 };
@@ -344,7 +345,7 @@ struct PanelSums {
   static constexpr int kWidth = kZ == 2 ? 16 : 32;
   static constexpr int kSets = kZ <= 3 ? 2 : 1;  // chains of additions: the latency of the dot product
 
-  const __m512i low = words([](int lane, int half) { return 32 * half + lane / 2; });       // kWidth 16
+  const __m512i low = words([](int lane, int half) { return 32 * half + lane / 2; });  // kWidth 16
   const __m512i high = words([](int lane, int half) { return 32 * half + 8 + lane / 2; });
 
   // x[z]: pairs of rows 8 * z .., each twice.
@@ -370,9 +371,7 @@ struct PanelSums {
   SP_INLINE void operator()(const Pairs<Index>& pairs, const Bf16* panel, const __m512* start,
                             __m512 (*total)[4]) const {
     __m512 sum[kSets][kZ][4] = {};
-    SP_UNROLL for (int z = 0; z < kZ; ++z) {
-      SP_UNROLL for (int p = 0; p < 4; ++p) sum[0][z][p] = start[p];
-    }
+    SP_UNROLL for (int z = 0; z < kZ; ++z) { SP_UNROLL for (int p = 0; p < 4; ++p) sum[0][z][p] = start[p]; }
     const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
       __m512i x[kZ];
       inputs(panel, columns_of(pairs.inputs, t), x);
@@ -388,7 +387,8 @@ struct PanelSums {
     }
     if (kSets == 2 && t < pairs.count) add(t, 0);
     SP_UNROLL for (int z = 0; z < kZ; ++z) {
-      SP_UNROLL for (int p = 0; p < 4; ++p) total[z][p] = kSets == 2 ? sum[0][z][p] + sum[kSets - 1][z][p] : sum[0][z][p];
+      SP_UNROLL for (int p = 0; p < 4; ++p) total[z][p] =
+          kSets == 2 ? sum[0][z][p] + sum[kSets - 1][z][p] : sum[0][z][p];
     }
   }
 };
@@ -518,7 +518,7 @@ void dot_panel_plain(const ProductArgs& args, const Source& source, const Bf16* 
 template <int kZ, typename Source>
 void dot_panel(const ProductArgs& args, const Source& source, const Bf16* panel, int64_t row, int64_t rows, int64_t b0,
                int64_t b1) {
-  if (args.r % 8 == 0 && args.residual == nullptr && args.initial == nullptr) {
+  if (args.r % 8 == 0 && args.residual == nullptr && args.initial == nullptr && !args.wide_y) {
     const int64_t per_row = Slices(args).per_row, all = (args.out + 7) / 8;  // some may lie past the last output
     const int64_t end = b1 * per_row < all ? b1 * per_row : all;
     return dot_panel_plain<kZ>(args, source, panel, row, rows, b0 * per_row, end);

@@ -86,9 +86,9 @@ SP_INLINE __m512i words(const F& index) {
   return v;
 }
 
-// A panel of words: column j is the kPitch words panel[j * kPitch] .., of which word i is x[row(i) * stride + j], or zero
-// if there is no such row; j < length. Zero for length <= j < padded. kRows rows of x, a power of two of at most 32, each
-// as often as `row` says. By `interleave` in whole registers, 32 columns of up to 16 rows at a time.
+// A panel of words: column j is the kPitch words panel[j * kPitch] .., of which word i is x[row(i) * stride + j], or
+// zero if there is no such row; j < length. Zero for length <= j < padded. kRows rows of x, a power of two of at most
+// 32, each as often as `row` says. By `interleave` in whole registers, 32 columns of up to 16 rows at a time.
 template <int kRows, int kPitch, typename Row>
 void pack_words(const uint16_t* x, int64_t stride, int64_t rows, int64_t length, int64_t padded, uint16_t* panel,
                 const Row& row) {

@@ -10,14 +10,16 @@
 namespace sp {
 namespace {
 
-constexpr int kLine = 32;        // outputs collected
-constexpr int kLineStride = 48;  // floats from a row of a tile to the next: room for what is stored past the last output
+constexpr int kCollected = 32;  // outputs collected
+constexpr int kLineStride =
+    48;  // floats from a row of a tile to the next: room for what is stored past the last output
 
-// Outputs n .. n + count - 1, count <= kLine, of `rows` rows from tile[i * kLineStride]. Out of line, for all kernels.
+// Outputs n .. n + count - 1, count <= kCollected, of `rows` rows from tile[i * kLineStride]. Out of line, for all
+// kernels.
 template <typename Y>
 __attribute__((noinline)) void put_lines_of(const Epilogue<Y, float>& epilogue, const float* tile, int64_t row,
                                             int64_t rows, int64_t n, int64_t count) {
-  constexpr int kV = SP_VECTOR_BYTES == 64 ? 16 : 8, kParts = kLine / kV;
+  constexpr int kV = SP_VECTOR_BYTES == 64 ? 16 : 8, kParts = kCollected / kV;
   const auto write = [](Y* y, const Vec<float, kV>* part) SP_ALWAYS_INLINE {
 #if defined(__AVX512BF16__)
     if constexpr (sizeof(Y) == 2) {
@@ -27,7 +29,7 @@ __attribute__((noinline)) void put_lines_of(const Epilogue<Y, float>& epilogue, 
 #endif
     SP_UNROLL for (int p = 0; p < kParts; ++p) store_narrow<kV>(y + p * kV, part[p]);
   };
-  if (count == kLine && epilogue.plain) {
+  if (count == kCollected && epilogue.plain) {
     Vec<float, kV> bias[kParts] = {};
     if (epilogue.bias != nullptr) {
       SP_UNROLL for (int p = 0; p < kParts; ++p) bias[p] = load_wide<kV>(epilogue.bias + n + p * kV);
@@ -37,13 +39,19 @@ __attribute__((noinline)) void put_lines_of(const Epilogue<Y, float>& epilogue, 
       SP_UNROLL for (int p = 0; p < kParts; ++p) part[p] = load<kV>(tile + i * kLineStride + p * kV) + bias[p];
       write(epilogue.y + (row + i) * epilogue.out + n, part);
     }
-  } else if (count == kLine) {
+  } else if (count == kCollected) {
     for (int64_t i = 0; i < rows; ++i) {
       Vec<float, kV> part[kParts];
       for (int p = 0; p < kParts; ++p) {
         part[p] = epilogue.template finish<kV>(row + i, n + p * kV, load<kV>(tile + i * kLineStride + p * kV));
       }
-      write(epilogue.y + (row + i) * epilogue.out + n, part);
+      const int64_t at = (row + i) * epilogue.out + n;
+      if (epilogue.wide) {
+        SP_UNROLL for (int p = 0; p < kParts; ++p)
+            store<kV>(reinterpret_cast<float*>(epilogue.y) + at + p * kV, part[p]);
+      } else {
+        write(epilogue.y + at, part);
+      }
     }
   } else {
     for (int64_t g = 0; g < count; g += 8) {
@@ -62,7 +70,7 @@ class Lines {
 
   // Where eight sums of output n and the following go, rows kLineStride apart; `height` of them count.
   SP_INLINE float* place(int64_t n, int64_t height) {
-    if (n % kLine == 0 || waiting_ + height > kLine) flush();
+    if (n % kCollected == 0 || waiting_ + height > kCollected) flush();
     if (waiting_ == 0) first_ = n;
     waiting_ += height;
     return tile_ + (waiting_ - height);
