@@ -17,11 +17,40 @@
 namespace sp {
 namespace {
 
+// y[i * stride + j] = panel[j * kWidth + i] for i < rows, j < count: along eight rows at a time, cache line by cache
+// line. (Rows are often a power of two apart and then share cache sets: written column by column, lines of y are
+// evicted and fetched again, which doubles the time of a product of 90 % pruned.)
+template <int kWidth, typename T>
+void turn_back(const T* panel, int64_t rows, int64_t count, T* y, int64_t stride) {
+  int64_t done = 0;
+  if constexpr (sizeof(T) == 4 && kWidth % 8 == 0) {
+    done = count / 16 * 16;
+    for (int64_t i = 0; i < rows; i += 8) {
+      const int64_t live = rows - i < 8 ? rows - i : 8;
+      for (int64_t j = 0; j < done; j += 16) {
+        const float* from[16];
+        for (int q = 0; q < 16; ++q) from[q] = panel + (j + q) * kWidth + i;
+        Vec<float, 8> low[8], high[8];
+        transpose8x8(from, low);
+        transpose8x8(from + 8, high);
+        SP_UNROLL for (int q = 0; q < 8; ++q) {
+          if (q >= live) break;
+          store<8>(y + (i + q) * stride + j, low[q]);
+          store<8>(y + (i + q) * stride + j + 8, high[q]);
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = done; j < count; ++j) y[i * stride + j] = panel[j * kWidth + i];
+  }
+}
+
 template <typename T, typename Col, bool kIndirect>
 struct LinearDx {
   const ProductArgs& args;
   int64_t m0, m1;
-  T* panel;  // [K, whole blocks][kWidth]
+  T* panel;  // dx [K, whole blocks][kWidth], then dy [lists * R][kWidth]
 
   // Adds outputs r0 .. r0 + kS - 1 of block row b, whose dy is `tile` [kS][kWidth], to the panel.
   template <int kS, int kZ, bool k8x1>
@@ -61,28 +90,19 @@ struct LinearDx {
     const int64_t r = k8x1 ? 8 : args.r;
     const int64_t padded = (args.out + args.c - 1) / args.c * args.c;
     memset(static_cast<void*>(panel), 0, static_cast<size_t>(padded * kWidth) * sizeof(T));
-    const T* dy = static_cast<const T*>(args.x) + row * args.in;
-    alignas(64) T tile[8 * kWidth];
+    T* dys = panel + padded * kWidth;
+    pack_panel<kWidth>(static_cast<const T*>(args.x) + row * args.in, args.in, rows, args.in, args.lists * r, dys);
     for (int64_t b = 0; b < args.lists; ++b) {
       if (args.begin[b] == args.begin[b + 1]) continue;
-      for (int64_t r0 = 0; r0 < r; r0 += 8) {
-        const int64_t height = r - r0 < 8 ? r - r0 : 8;
-        const int64_t n = b * r + r0;
-        const int64_t live = args.in - n < height ? (args.in > n ? args.in - n : 0) : height;
-        pack_panel<kWidth>(dy + n, args.in, rows, live, height, tile);
-        int64_t q = 0;
-        for (; q + SP_SLICE <= height; q += SP_SLICE) slice<SP_SLICE, kZ, k8x1>(tile + q * kWidth, b, r0 + q);
-        if constexpr (!k8x1) {
-          for (; q + 4 <= height; q += 4) slice<4, kZ, k8x1>(tile + q * kWidth, b, r0 + q);
-          for (; q < height; ++q) slice<1, kZ, k8x1>(tile + q * kWidth, b, r0 + q);
-        }
+      const T* tile = dys + b * r * kWidth;
+      int64_t q = 0;
+      for (; q + SP_SLICE <= r; q += SP_SLICE) slice<SP_SLICE, kZ, k8x1>(tile + q * kWidth, b, q);
+      if constexpr (!k8x1) {
+        for (; q + 4 <= r; q += 4) slice<4, kZ, k8x1>(tile + q * kWidth, b, q);
+        for (; q < r; ++q) slice<1, kZ, k8x1>(tile + q * kWidth, b, q);
       }
     }
-    T* dx = static_cast<T*>(args.y) + row * args.out;
-    for (int64_t k = 0; k < args.out; k += 8) {
-      const int64_t width = args.out - k < 8 ? args.out - k : 8;
-      store_tile<kWidth>(panel + k * kWidth, rows, width, dx + k, args.out);
-    }
+    turn_back<kWidth>(panel, rows, args.out, static_cast<T*>(args.y) + row * args.out, args.out);
   }
 
   template <bool k8x1>

@@ -64,21 +64,33 @@ struct WeightGradArgs {
   bool dense;
 };
 
-// Rows of the batch summed before the lanes are: a chunk of dy of one block row fits the first cache.
+// Rows of the batch in one chunk of a weight gradient: the dy of a block row then fits the first cache.
 constexpr int64_t kGradRows = 512;
 
-// A column of a chunk is turned into whole vectors; columns are never a power of two apart, where they would share
-// cache sets.
+// Length of a turned column, and how far apart columns of x are: `few` rows in whole vectors of eight (one as it is),
+// more in whole pieces of 16, and never a power of two apart, where columns would share cache sets.
+constexpr int64_t few_stride(int64_t rows) { return rows == 1 ? 1 : (rows + 7) / 8 * 8; }
 constexpr int64_t turned_length(int64_t rows) { return (rows + 15) / 16 * 16; }
 constexpr int64_t turned_stride(int64_t rows) { return turned_length(rows) + 16; }
 
-// `turn` writes columns [k0, k1) of x, rows [m0, m1), each turned_stride(m1 - m0) long, into `columns` [K]; `product`
-// then sets dw for block rows [l0, l1), or adds to it where m0 > 0. `scratch` holds 8 such columns, private to the
-// call.
+// Part of a weight gradient: rows [m0, m1) and columns [k0, k1) for block rows [l0, l1). Few rows: all of them and all
+// columns at once. Else chunk by chunk (where m0 > 0 the gradient is added to what is there), and within a chunk panel
+// by panel of whole blocks, ascending.
+struct WeightGradShare {
+  int64_t m0, m1, k0, k1, l0, l1;
+  void* columns;    // of x: column k at (k - k0) * turned_stride(m1 - m0), or k * few_stride(m)
+  void* dys;        // unless few: [block row][turned_length(m1 - m0) / 16][R][16 rows]
+  int32_t* cursor;  // unless few: one number per block row, which the kernel keeps from panel to panel
+  void* scratch;    // if few: 8 elements per row, private to the call
+};
+
 struct WeightGradKernel {
-  void (*turn)(const WeightGradArgs& args, int64_t m0, int64_t m1, int64_t k0, int64_t k1, void* columns);
-  void (*product)(const WeightGradArgs& args, int64_t m0, int64_t m1, int64_t l0, int64_t l1, const void* columns,
-                  void* scratch);
+  int64_t few;  // up to this many rows are few
+  // Make columns [k0, k1) of share.columns, outputs [n0, n1) of share.dys. The last outputs bring the padding of their
+  // block row, so whoever makes them makes their whole block row.
+  void (*turn_x)(const WeightGradArgs& args, const WeightGradShare& share, int64_t k0, int64_t k1);
+  void (*turn_dy)(const WeightGradArgs& args, const WeightGradShare& share, int64_t n0, int64_t n1);
+  void (*product)(const WeightGradArgs& args, const WeightGradShare& share);
 };
 
 // A step of an LSTM from its gates on: see core/lstm.h.
@@ -113,6 +125,11 @@ inline size_t scratch_bytes(const ProductArgs& args, size_t element_bytes) {
   const int64_t largest = args.r > args.c ? args.r : args.c;  // the panel is zero padded to whole blocks
   const int64_t padded = args.in + largest;
   return static_cast<size_t>(padded * kMaxPanel + padded * (args.r + 8) + kMaxPanel * 64) * element_bytes;
+}
+
+// Elements of the scratch of linear_dx: dx and dy for kMaxPanel rows, whole blocks.
+inline int64_t dx_scratch_elements(const ProductArgs& args) {
+  return (args.out + args.c + args.lists * args.r) * kMaxPanel;
 }
 
 }  // namespace sp

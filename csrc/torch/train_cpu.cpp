@@ -114,11 +114,60 @@ Tensor bcsr_linear_dx_cpu(const Tensor& dy, const Tensor& values, const Tensor& 
   const ProductKernel kernel = single ? kernels().linear_dx_f32 : linear_dx_f64;
   const int64_t panels = (args.m + kMaxPanel - 1) / kMaxPanel;
   const int64_t shares = std::min(panels, threads_for(work));
-  Scratch scratch(shares, (k + args.c) * kMaxPanel, type);
+  Scratch scratch(shares, dx_scratch_elements(args), type);
   share(panels, shares, [&](int64_t i, int64_t p0, int64_t p1) {
     kernel(args, p0 * kMaxPanel, std::min(args.m, p1 * kMaxPanel), 0, args.lists, scratch.of(i));
   });
   return dx;
+}
+
+void few_rows_dw(const WeightGradArgs& args, const WeightGradKernel& kernel, int64_t lists, int64_t threads,
+                 ScalarType type) {
+  WeightGradShare all{};
+  all.m1 = args.m, all.k1 = args.k;
+  Scratch columns(1, args.k * few_stride(args.m), type), tiles(threads, 8 * args.m, type);
+  all.columns = columns.of(0);
+  share((args.k + 15) / 16, threads, [&](int64_t, int64_t k0, int64_t k1) {  // whole cache lines
+    kernel.turn_x(args, all, 16 * k0, std::min(args.k, 16 * k1));
+  });
+  share(lists, threads, [&](int64_t i, int64_t l0, int64_t l1) {
+    WeightGradShare mine = all;
+    mine.l0 = l0, mine.l1 = l1, mine.scratch = tiles.of(i);
+    kernel.product(args, mine);
+  });
+}
+
+// Bytes of a panel of x, which all block rows read: it shares the second cache with what streams through.
+constexpr int64_t kPanelBytes = 384 * 1024;
+
+void many_rows_dw(const WeightGradArgs& args, const WeightGradKernel& kernel, int64_t lists, int64_t threads,
+                  ScalarType type) {
+  // Even chunks: a short last one would pay for its sums over the lanes like a full one.
+  const int64_t chunks = (args.m + kGradRows - 1) / kGradRows, rows = (args.m + chunks - 1) / chunks;
+  const int64_t bytes = turned_stride(rows) * (type == ScalarType::Double ? 8 : 4), unit = 16 * args.c;
+  const int64_t width = std::max(unit, kPanelBytes / bytes / unit * unit);
+  Scratch columns(1, std::min(width, args.k) * turned_stride(rows), type);
+  Scratch dys(1, lists * args.r * turned_length(rows), type), cursor(1, lists, ScalarType::Float);
+  WeightGradShare part{};
+  part.columns = columns.of(0), part.dys = dys.of(0), part.cursor = static_cast<int32_t*>(cursor.of(0));
+  const int64_t lines = (16 + args.r - 1) / args.r * args.r;  // outputs of whole block rows, at least a cache line
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    part.m0 = args.m * chunk / chunks, part.m1 = args.m * (chunk + 1) / chunks;
+    share((args.n + lines - 1) / lines, threads, [&](int64_t, int64_t n0, int64_t n1) {
+      kernel.turn_dy(args, part, lines * n0, std::min(args.n, lines * n1));
+    });
+    for (part.k0 = 0; part.k0 < args.k; part.k0 += width) {
+      part.k1 = std::min(args.k, part.k0 + width);
+      share((part.k1 - part.k0 + 15) / 16, threads, [&](int64_t, int64_t k0, int64_t k1) {
+        kernel.turn_x(args, part, part.k0 + 16 * k0, std::min(part.k1, part.k0 + 16 * k1));
+      });
+      share(lists, threads, [&](int64_t, int64_t l0, int64_t l1) {
+        WeightGradShare mine = part;
+        mine.l0 = l0, mine.l1 = l1;
+        kernel.product(args, mine);
+      });
+    }
+  }
 }
 
 Tensor bcsr_linear_dw_cpu(const Tensor& dy, const Tensor& x, const Tensor& crow, const Tensor& col,
@@ -148,22 +197,9 @@ Tensor bcsr_linear_dw_cpu(const Tensor& dy, const Tensor& x, const Tensor& crow,
   if (!args.dense && pos.has_value()) std::memset(args.dw, 0, static_cast<size_t>(dw.numel()) * dw.element_size());
 
   const WeightGradKernel kernel = type == ScalarType::Float ? kernels().linear_dw_f32 : linear_dw_f64;
-  const int64_t lists = crow.numel() - 1;
-  // Even chunks: a short last one would pay for its sums over the lanes like a full one.
-  const int64_t chunks = std::max<int64_t>(1, (args.m + kGradRows - 1) / kGradRows);
-  const int64_t rows = (args.m + chunks - 1) / chunks;
-  const int64_t shares = threads_for(static_cast<double>(col.numel()) * static_cast<double>(r * c * args.m));
-  Scratch columns(args.k, turned_stride(rows), type);
-  Scratch scratch(shares, 8 * turned_stride(rows), type);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const int64_t m0 = args.m * chunk / chunks, m1 = args.m * (chunk + 1) / chunks;
-    share((args.k + 15) / 16, shares, [&](int64_t, int64_t k0, int64_t k1) {
-      kernel.turn(args, m0, m1, 16 * k0, std::min(args.k, 16 * k1), columns.of(0));
-    });
-    share(lists, shares, [&](int64_t i, int64_t l0, int64_t l1) {
-      kernel.product(args, m0, m1, l0, l1, columns.of(0), scratch.of(i));
-    });
-  }
+  const int64_t threads = threads_for(static_cast<double>(col.numel()) * static_cast<double>(r * c * args.m));
+  args.m <= kernel.few ? few_rows_dw(args, kernel, crow.numel() - 1, threads, type)
+                       : many_rows_dw(args, kernel, crow.numel() - 1, threads, type);
   return dw;
 }
 

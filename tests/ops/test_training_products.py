@@ -14,7 +14,7 @@ if MISSING is not None:
     pytest.skip(f"no compiled CPU kernels: {MISSING}", allow_module_level=True)
 
 OPS = torch.ops.sparse_pathways
-ROWS = (0, 1, 2, 3, 7, 8, 9, 16, 33, 100, 1100)  # the last in three chunks
+ROWS = (0, 1, 2, 3, 7, 8, 9, 16, 24, 25, 33, 100, 256, 257)  # a weight gradient changes its way after 24 or 256
 BLOCKS = ((8, 1), (16, 1), (8, 4), (4, 4), (16, 16), (3, 5), (1, 1))
 SHAPES = ((40, 32), (37, 53))  # N, K: whole blocks of 8x1; ragged in both directions for every block but 1x1
 
@@ -53,6 +53,16 @@ def assert_sums(got, exact, size, terms):
 @by_block
 @by_rows
 def test_weight_gradient_on_kept_blocks(isa, m, block, shape, dtype, rng):
+    check_weight_gradient(m, block, shape, dtype, rng)
+
+
+@by_dtype
+@by_block
+def test_weight_gradient_in_chunks_of_rows_and_panels_of_columns(isa, block, dtype, rng):
+    check_weight_gradient(1100, block, (24, 530), dtype, rng)
+
+
+def check_weight_gradient(m, block, shape, dtype, rng):
     layout = random_layout(shape, block, rng)
     kept = sp.expand_mask(layout.to_mask(), block, shape)
     dy, x = (torch.randn(m, size, generator=rng, dtype=dtype) for size in shape)
