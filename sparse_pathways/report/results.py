@@ -3,7 +3,6 @@
 import datetime
 import json
 import math
-import subprocess
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -64,20 +63,9 @@ class Transcript(TypedDict):
 
 def origin() -> dict[str, Any]:
     """Where figures come from: time, machine, versions, commit of the source tree (None outside of one)."""
-    return {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "env": sp.env(),
-    }
-
-
-def _commit() -> str | None:
-    folder = Path(__file__).resolve().parent
-    try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None  # installed from a wheel, or no git: the version in `env` says what ran
+    env = sp.env()
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"created": created, "commit": env["commit"], "env": env}
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
