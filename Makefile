@@ -39,8 +39,10 @@ sanitize: setup  ## kernels under AddressSanitizer and UBSan, the thread pool un
 	$(CXX) -std=c++20 -O2 -pthread -Icsrc csrc/core/pool.cpp csrc/tests/stress_pool.cpp -o build/sanitize/stress_pool
 	build/sanitize/stress_pool 10
 	build/sanitize/thread/stress_pool --no-forks 15
-	for fault in read write overflow; do build/sanitize/address-undefined/check_kernels --broken=$$fault 2>&1 \
-	  | grep -q -e AddressSanitizer -e "runtime error" || { echo "planted fault not found: $$fault"; exit 1; }; done
+	for suite in products gradients lstm; do for fault in read write overflow; do \
+	  build/sanitize/address-undefined/check_kernels --broken=$$fault $$suite 2>&1 \
+	  | grep -q -e AddressSanitizer -e "runtime error" || { echo "planted fault not found: $$fault, $$suite"; exit 1; }; \
+	done; done
 	build/sanitize/thread/stress_pool --no-forks --broken 10 2>&1 | grep -q ThreadSanitizer
 	@echo "sanitize: clean, and every planted fault was found"
 

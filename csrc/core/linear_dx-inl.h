@@ -6,7 +6,7 @@
 // dy, dx row-major and contiguous, float or double
 // Maths  operands and accumulators in the type of dy; an input's terms are added block row by block row
 // Limits linear_dx: any R, C, M >= 0, N, K; fast where R is a multiple of 4. Lists cannot be shared between threads
-//        (every block row adds to the same inputs), rows can. linear_dx_few: float, R a multiple of 8, meant for M <= 4
+//        (every block row adds to the same inputs), rows can. linear_dx_few: float, R a multiple of 8, M <= kDxFewRows
 // Cost   linear_dx: dx is kept K-major for up to 32 rows, rows in vector lanes; the dy of a block row stays in
 //        registers, so a block costs R multiply-adds per vector of rows, a load and a store: bound by the
 //        multiply-adds. linear_dx_few: eight outputs in the lanes, bound by the loads of values
@@ -207,7 +207,7 @@ struct LinearDxFewOfType {
     const LinearDxFew<Row, kIndirect> product{args, l0, l1};
     const int64_t padded = (args.in + args.r - 1) / args.r * args.r;
     for (int64_t m = m0; m < m1;) {
-      const int64_t taken = m1 - m < 4 ? m1 - m : 4;
+      const int64_t taken = m1 - m < kDxFewRows ? m1 - m : kDxFewRows;
       const float* dy = static_cast<const float*>(args.x) + m * args.in;
       float* dx = static_cast<float*>(args.y) + m * args.out;
       if (padded != args.in) {  // blocks stick out of the weight: whole vectors of dy must exist
@@ -217,18 +217,10 @@ struct LinearDxFewOfType {
         }
         dy = scratch;
       }
-      switch (taken) {
-        case 1:
-          product.template rows<1>(dy, padded, dx);
-          break;
-        case 2:
-          product.template rows<2>(dy, padded, dx);
-          break;
-        case 3:
-          product.template rows<3>(dy, padded, dx);
-          break;
-        default:
-          product.template rows<4>(dy, padded, dx);
+      if (taken == 1) {
+        product.template rows<1>(dy, padded, dx);
+      } else {
+        product.template rows<2>(dy, padded, dx);
       }
       m += taken;
     }

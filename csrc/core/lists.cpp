@@ -9,6 +9,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "core/elements.h"
+
 namespace sp {
 
 namespace {
@@ -361,18 +363,10 @@ void update_lists(int64_t rows, int64_t cols, const BlockLists& before, const Bl
 
 void mask_weight(const void* weight, int64_t n, int64_t k, int64_t r, int64_t c, const uint8_t* bits,
                  size_t element_bytes, void* to) {
-  const auto typed = [&](auto zero) {
+  with_bits(element_bytes, [&](auto zero) {
     using T = decltype(zero);
     mask_rows(static_cast<const T*>(weight), n, k, r, c, bits, static_cast<T*>(to));
-  };
-  switch (element_bytes) {
-    case 2:
-      return typed(uint16_t{0});
-    case 4:
-      return typed(uint32_t{0});
-    case 8:
-      return typed(uint64_t{0});
-  }
+  });
 }
 
 void select_highest(const float* scores, int64_t count, int64_t keep, uint8_t* kept) {

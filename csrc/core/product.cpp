@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "core/elements.h"
+
 namespace sp {
 
 namespace {
@@ -147,7 +149,7 @@ bool run_product(ProductKernel kernel, const ProductArgs& args, size_t element_b
 
 void gather_blocks(const void* weight, int64_t n, int64_t k, int64_t r, int64_t c, const int32_t* crow, int64_t rows,
                    const void* col, bool narrow, size_t element_bytes, void* values) {
-  const auto typed = [&](auto zero) {
+  with_bits(element_bytes, [&](auto zero) {
     using T = decltype(zero);
     const T* from = static_cast<const T*>(weight);
     T* to = static_cast<T*>(values);
@@ -159,15 +161,7 @@ void gather_blocks(const void* weight, int64_t n, int64_t k, int64_t r, int64_t 
       }
     };
     narrow ? blocks(static_cast<const uint16_t*>(col)) : blocks(static_cast<const int32_t*>(col));
-  };
-  switch (element_bytes) {
-    case 2:
-      return typed(uint16_t{0});
-    case 4:
-      return typed(uint32_t{0});
-    case 8:
-      return typed(uint64_t{0});
-  }
+  });
 }
 
 }  // namespace sp

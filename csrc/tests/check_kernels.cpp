@@ -28,8 +28,6 @@ double activated(Activation activation, double v) {
 
 enum class Product { kForward, kDx, kDxFew };  // dx by the forward lists, or by the transposed ones
 
-constexpr int64_t kFewRows = 4;  // of dy, in csrc/torch/train_cpu.cpp
-
 // X: of x, y, bias and residual. W: of the weight.
 template <typename X, typename W>
 class Check {
@@ -45,6 +43,7 @@ class Check {
 
   // False if a result is wrong.
   bool run(const Shape& shape, double density, bool narrow, bool indirect) {
+    wide_datapath = rng() % 2;
     const Weight<W> weight(shape, density, {narrow, indirect, product_ == Product::kDxFew});
     ProductArgs args{};
     args.m = shape.m, args.r = shape.r, args.c = shape.c;
@@ -110,7 +109,7 @@ class Check {
   // What the callers give, in elements.
   size_t scratch_size(const ProductArgs& args) const {
     if (product_ == Product::kForward) return scratch_bytes(args, 1);
-    return static_cast<size_t>(dx_by_rows() ? dx_scratch_elements(args) : kFewRows * (args.in + args.r));
+    return static_cast<size_t>(dx_by_rows() ? dx_scratch_elements(args) : dx_few_scratch_elements(args));
   }
   bool dx_by_rows() const { return product_ == Product::kDx; }
 
@@ -160,7 +159,7 @@ bool check(const char* what, const char* isa, ProductKernel kernel, Product prod
   for (const auto& [n, k] : kShapes) {
     for (const auto& [r, c] : kBlocks) {
       for (const int64_t m : kRows) {
-        if (product == Product::kDxFew && (m > kFewRows || r % 8 != 0)) continue;
+        if (product == Product::kDxFew && (m > kDxFewRows || r % 8 != 0)) continue;
         const double density = rng() % 4 ? 0.3 : 0.9;
         for (int form = 0; form < 4 && good; ++form) good = one.run({m, n, k, r, c}, density, form & 1, form & 2);
       }

@@ -65,9 +65,6 @@ void forward_lists(Args& args, const Tensor& crow, const Tensor& col, const std:
   }
 }
 
-// Transposed lists serve up to kFewRows rows of dy, where they are given and the kernel takes the block.
-constexpr int64_t kFewRows = 4;
-
 Tensor bcsr_linear_dx_cpu(const Tensor& dy, const Tensor& values, const Tensor& crow, const Tensor& col,
                           const std::optional<Tensor>& pos, int64_t k, const std::optional<Tensor>& crow_t,
                           const std::optional<Tensor>& row_t, const std::optional<Tensor>& pos_t) {
@@ -93,7 +90,7 @@ Tensor bcsr_linear_dx_cpu(const Tensor& dy, const Tensor& values, const Tensor& 
   if (args.m == 0 || k == 0) return dx;
   const double work = static_cast<double>(col.numel()) * static_cast<double>(args.r * args.c * args.m);
   const bool single = type == ScalarType::Float;
-  if (crow_t.has_value() && args.m <= kFewRows && args.r % 8 == 0 && single) {
+  if (crow_t.has_value() && args.m <= kDxFewRows && args.r % 8 == 0 && single) {
     args.begin = int32_data(*crow_t, "crow_t");
     args.lists = crow_t->numel() - 1;
     STD_TORCH_CHECK(args.lists == (k + args.c - 1) / args.c, "crow_t has ", args.lists + 1,
@@ -105,7 +102,7 @@ Tensor bcsr_linear_dx_cpu(const Tensor& dy, const Tensor& values, const Tensor& 
     args.other = row_t->const_data_ptr();
     args.pos = int32_data(*pos_t, "pos_t");
     const int64_t shares = threads_for(work);
-    Scratch scratch(shares, kFewRows * (args.in + args.r), type);
+    Scratch scratch(shares, dx_few_scratch_elements(args), type);
     share(args.lists, shares, [&](int64_t i, int64_t l0, int64_t l1) {
       kernels().linear_dx_few_f32(args, 0, args.m, l0, l1, scratch.of(i));
     });
