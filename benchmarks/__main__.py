@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 import sparse_pathways as sp
-from benchmarks import goals, linear, lstm, model, record
+from benchmarks import goals, linear, lstm, model, record, train
 from benchmarks.workload import DTYPES, Shape
 
-SUITES = ("linear", "lstm", "model")
+SUITES = ("linear", "lstm", "model", "train")
 QUICK = linear.Plan(
     shapes=((512, 512), (2048, 512), (512, 2048)), rows=(1, 4, 16, 64), sparsities=(0.7, 0.9), seconds=0.8
 )
+QUICK_TRAIN = train.Plan(rows=(16, 512), seconds=0.5)
 FULL = linear.Plan(frozen_rows={"l2": (1, 8, 64), "l3": (1, 8)})
 
 
@@ -30,7 +31,7 @@ def _shape(text: str) -> Shape:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "suites", nargs="*", default=[], metavar="SUITE", help="linear, lstm, model; default linear lstm"
+        "suites", nargs="*", default=[], metavar="SUITE", help="linear, lstm, model, train; default linear lstm train"
     )
     parser.add_argument("--full", action="store_true", help="the whole grid and all suites, about half an hour")
     parser.add_argument("--results", type=Path, help="folder to write one JSON per table into; default: print only")
@@ -49,13 +50,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _plan(args: argparse.Namespace) -> linear.Plan:
-    plan = FULL if args.full else QUICK
-    given = {
+def _given(args: argparse.Namespace, *keys: str) -> dict[str, Any]:
+    return {
         key: tuple(value) if isinstance(value, list) else value
-        for key in ("shapes", "rows", "dtypes", "sparsities", "seconds", "turns")
+        for key in keys
         if (value := getattr(args, key)) is not None
     }
+
+
+def _train_plan(args: argparse.Namespace) -> train.Plan:
+    plan = train.Plan() if args.full else QUICK_TRAIN
+    return replace(plan, **_given(args, "shapes", "rows", "sparsities", "seconds", "turns"))
+
+
+def _plan(args: argparse.Namespace) -> linear.Plan:
+    plan = FULL if args.full else QUICK
+    given = _given(args, "shapes", "rows", "dtypes", "sparsities", "seconds", "turns")
     if args.frozen_rows is not None:
         given["frozen_rows"] = dict.fromkeys(linear.LEVELS, tuple(args.frozen_rows))
     return replace(plan, **given)
@@ -88,7 +98,7 @@ def main() -> int:
     """Run the suites; 1 when a product was wrong."""
     parser = _parser()
     args = parser.parse_args()
-    suites = args.suites or (list(SUITES) if args.full else ["linear", "lstm"])
+    suites = args.suites or (list(SUITES) if args.full else ["linear", "lstm", "train"])
     if unknown := set(suites) - set(SUITES):
         parser.error(f"unknown suite {', '.join(sorted(unknown))}; choose among {', '.join(SUITES)}")
     _pin(parser, args.threads)
@@ -116,6 +126,13 @@ def main() -> int:
             what, rows, failed = model.run(plan.dtypes, args.layers or model.LAYERS, plan.turns)
             _finish("model", what, circumstances.describe(), rows, args.results)
             faults += failed
+    if "train" in suites:
+        print("\ntrain, one step of a layer: median us per step, and ratio")
+        circumstances = record.Circumstances()
+        what, rows, failed = train.run(_train_plan(args))
+        what["goals"] = goals.train(rows)
+        _finish("train", what, circumstances.describe(), rows, args.results)
+        faults += failed
     return 1 if faults else 0
 
 

@@ -18,6 +18,7 @@ SPEED_UPS = {
 LSTM_SPEED_UPS = {0.7: 4.0, 0.9: 12.0}
 PEAK_SHARE, PEAK_ROWS = 0.85, 32
 BANDWIDTH_SHARE = 0.80
+TRAIN_ROWS = 16
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -90,6 +91,21 @@ def lstm(rows: Rows) -> list[dict[str, Any]]:
         what = f"{row['form']} LSTM step, {row['sparsity']:.0%}: speed-up over {rival}"
         spread = f"{row['ratio']:.2f}x over the best dense one ({row['best_dense']})"
         found.append(_goal(what, "x", goal, ratio, spread))
+    return found
+
+
+def train(rows: Rows) -> list[dict[str, Any]]:
+    """Goals of a training step: every cell from TRAIN_ROWS rows on is faster than dense."""
+    found = []
+    for sparsity, gradient in sorted({(row["sparsity"], row["gradient"]) for row in rows}):
+        cells = [
+            row for row in rows if (row["sparsity"], row["gradient"]) == (sparsity, gradient) and row["m"] >= TRAIN_ROWS
+        ]
+        if cells:
+            worst, mean = min(cells, key=lambda row: row["ratio"]), geometric_mean(row["ratio"] for row in cells)
+            what = f"training step, {sparsity:.0%}, gradient of {gradient} weights, M >= {TRAIN_ROWS}: the slowest cell"
+            note = f"at {_place(worst)}; geometric mean {mean:.2f}x, {len(cells)} cells"
+            found.append(_goal(what, "x", 1.0, worst["ratio"], note))
     return found
 
 

@@ -54,7 +54,10 @@ def _range(ratios: list[float]) -> str:
 
 def _goals(results: dict[str, Any]) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """Columns, and per goal what each of them reached."""
-    columns = {f"linear_{level}": f"weights {name}" for level, (name, _) in LEVELS.items()} | {"lstm": "LSTM step"}
+    columns = {f"linear_{level}": f"weights {name}" for level, (name, _) in LEVELS.items()} | {
+        "lstm": "LSTM step",
+        "train": "training",
+    }
     present = [name for name in columns if results.get(name, {}).get("goals")]
     found: dict[str, dict[str, Any]] = {}
     for name in present:
@@ -153,6 +156,28 @@ def _lstm(result: dict[str, Any]) -> dict[str, Any]:
     return {"result": result, "picture": _embed(plots.lstm(rows)) if rows else None, "table": table}
 
 
+def _train(result: dict[str, Any]) -> dict[str, Any]:
+    heading = ["N x K", "M", "pruned", "gradient of", "best dense", "dense us", "sparse us", "speed-up", "quartiles"]
+    table = [[*heading, "all dense, us"]]
+    for row in result["rows"]:
+        low, high = row["quartiles"]
+        others = ", ".join(f"{name} {us:.0f}" for name, us in row["dense"].items())
+        who = [f"{row['n']} x {row['k']}", str(row["m"]), f"{row['sparsity']:.0%}", row["gradient"], row["best_dense"]]
+        times = [f"{row['dense_us']:.0f}", f"{row['sparse_us']:.0f}", f"{row['ratio']:.2f}x"]
+        table.append([*who, *times, f"{low:.2f} - {high:.2f}", others])
+    return {"result": result, "summary": _by_rows(result["rows"]), "table": table}
+
+
+def _by_rows(rows: list[dict[str, Any]]) -> Table:
+    """Speed-ups of a training step by rows: geometric mean of the shapes, and their range."""
+    forms = sorted({(row["sparsity"], row["gradient"]) for row in rows}, key=lambda form: (form[1] != "kept", form[0]))
+    table = [["M", *(f"{sparsity:.0%}, gradient of {gradient} weights" for sparsity, gradient in forms)]]
+    for m in sorted({row["m"] for row in rows}):
+        cells = [[r["ratio"] for r in rows if (r["m"], r["sparsity"], r["gradient"]) == (m, *form)] for form in forms]
+        table.append([str(m), *map(_range, cells)])
+    return table
+
+
 def _model(result: dict[str, Any]) -> dict[str, Any]:
     rows = result["rows"]
     groups = [name for name in plots.GROUP_COLOURS if any(row["groups"][name] for row in rows)]
@@ -180,7 +205,7 @@ def write_page(folder: Path) -> Path:
     """
     results = {path.stem: record.read(path) for path in sorted(folder.glob("*.json"))}
     linear = {level: results[f"linear_{level}"] for level in LEVELS if f"linear_{level}" in results}
-    chosen = [*linear.values(), *(results[name] for name in ("lstm", "model") if name in results)]
+    chosen = [*linear.values(), *(results[name] for name in ("lstm", "train", "model") if name in results)]
     if not chosen:
         raise FileNotFoundError(f"{folder} holds no results; `make bench-full` measures them")
     columns, goals = _goals(results)
@@ -198,6 +223,7 @@ def write_page(folder: Path) -> Path:
         form=form,
         linear=[_linear(level, result) for level, result in linear.items()],
         lstm=_lstm(results["lstm"]) if "lstm" in results else None,
+        train=_train(results["train"]) if results.get("train", {}).get("rows") else None,
         model=_model(results["model"]) if results.get("model", {}).get("rows") else None,
         abouts=[(result["suite"], result["about"]) for result in chosen],
         warnings=[(result["suite"], warning) for result in chosen if (warning := record.busy(result["about"]))],

@@ -28,7 +28,7 @@ def run(*arguments):
 def test_a_tiny_run_of_every_suite_gives_a_page(tmp_path):
     pytest.importorskip("matplotlib")
     grid = ["--shapes", "512x256", "--rows", "1", "9", "--sparsities", "0.7", "--turns", "1", "--seconds", "0.01"]
-    done = run("benchmarks", "linear", "lstm", "model", "--layers", "1", *grid, "--results", str(tmp_path))
+    done = run("benchmarks", "linear", "lstm", "model", "train", "--layers", "1", *grid, "--results", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     linear = json.loads((tmp_path / "linear_l2.json").read_text())
     assert [(row["dtype"], row["m"]) for row in linear["rows"]] == [
@@ -38,6 +38,8 @@ def test_a_tiny_run_of_every_suite_gives_a_page(tmp_path):
         assert row["best_dense"] in row["dense"]
         assert row["gflops"] == pytest.approx(2 * row["m"] * 512 * 256 * 0.3 / row["fastest_sparse_us"] / 1e3, rel=0.01)
     assert linear["about"]["env"]["torch"] == torch.__version__
+    train = json.loads((tmp_path / "train.json").read_text())
+    assert [(row["m"], row["gradient"]) for row in train["rows"]] == [(m, g) for m in (1, 9) for g in ("kept", "all")]
     model = json.loads((tmp_path / "model.json").read_text())
     assert {row["contender"] for row in model["rows"]} >= {"F.linear", "packed 70 %", "torch int8"}
     assert all(row["groups"]["products"] > 0 for row in model["rows"])
@@ -118,6 +120,18 @@ def test_goals_judge_the_mean_and_the_lowest_cell():
     assert peak["value"] == 0.8 and not peak["reached"] and "1024x512 M=32" in peak["note"]
     (*_, bandwidth) = goals.linear([row(512, 1, 3.0, 0.1)], "l3")
     assert bandwidth["value"] == 0.9 and bandwidth["reached"]
+
+
+def test_the_goal_of_training_is_judged_by_the_slowest_cell():
+    from benchmarks import goals
+
+    def row(m, gradient, ratio):
+        return {"n": 512, "k": 512, "m": m, "sparsity": 0.7, "gradient": gradient, "ratio": ratio}
+
+    rows = [row(4, "kept", 0.5), row(16, "kept", 2.0), row(64, "kept", 8.0), row(16, "all", 0.9)]
+    everything, kept = goals.train(rows)
+    assert kept["value"] == 2.0 and kept["reached"] and "512x512 M=16; geometric mean 4.00x" in kept["note"]
+    assert everything["value"] == 0.9 and not everything["reached"] and "all weights" in everything["what"]
 
 
 def test_ceilings_name_what_this_machine_lacks():
