@@ -230,41 +230,15 @@ SP_INLINE void dot_row(const Pairs<Index>& pairs, const float* x, float* to) {
 }
 
 // --- panels ----------------------------------------------------------------------------------------------------------
-// A panel holds kRows rows of x in columns of kPitch words, in which the inputs stand so that unpacking two columns
-// makes the pairs, row(i) the row of word i. (A Zen 5 unpacks four registers a cycle, beside the dot products; any
-// other permutation, and a broadcast of more than a quadword, takes their place.)
-template <int kRows>
-struct Panel;
-template <>
-struct Panel<2> {
-  static constexpr int kPitch = 2;
-  static int row(int i) { return i; }
-};
-template <>
-struct Panel<4> {
-  static constexpr int kPitch = 4;
-  static int row(int i) { return i; }
-};
-template <>
-struct Panel<8> {  // low halves of the 128-bit parts: a row each, four times
-  static constexpr int kPitch = 32;
-  static int row(int i) { return i / 8 + i % 8 / 4 * 4; }
-};
-template <>
-struct Panel<16> {
-  static constexpr int kPitch = 16;
-  static int row(int i) { return i; }
-};
-template <>
-struct Panel<32> {  // after unpacking words, then dwords with themselves: two neighbours to a part, eight rows to a
-                    // vector
-  static constexpr int kPitch = 32;
-  static int row(int i) { return i / 8 * 2 + i % 2 + i % 8 / 2 * 8; }
-};
+// A panel of kRows rows of x is K-major, row(i) the row in place i of each column. With 32 rows, a column is a register,
+// and rows are placed so that unpacking makes the pairs: a Zen 5 unpacks four registers a cycle beside the dot products,
+// where other permutes take the place of some.
+SP_INLINE int row_as_it_is(int i) { return i; }
+SP_INLINE int row_to_unpack(int i) { return i / 8 * 2 + i % 2 + i % 8 / 2 * 8; }
 
 template <int kRows>
 void pack_panel_of(const Bf16* x, int64_t stride, int64_t rows, int64_t length, int64_t padded, Bf16* panel) {
-  pack_words<kRows, Panel<kRows>::kPitch>(&x->bits, stride, rows, length, padded, &panel->bits, Panel<kRows>::row);
+  pack_words<kRows>(&x->bits, stride, rows, length, padded, &panel->bits, kRows == 32 ? row_to_unpack : row_as_it_is);
 }
 
 // --- M in 2..8 -------------------------------------------------------------------------------------------------------
@@ -275,24 +249,19 @@ struct FewSums {
   static constexpr int kHalves = kWidth == 8 ? 2 : 1;          // of the outputs
   static constexpr int kSets = 4;                              // chains of additions: the latency of the dot product
 
-  const __m512i expand0 = words([](int lane, int half) { return 32 * half + lane / 8; });  // kWidth 2 and 4
-  const __m512i expand1 = words([](int lane, int half) { return 32 * half + 2 + lane / 8; });
+  __m512i expand[kParts];
 
-  // x[p]: pairs of rows 4 * p .. or 2 * p .., spread over the outputs.
-  SP_INLINE void inputs(const Bf16* panel, const Columns& k, __m512i* x) const {
-    const Bf16 *first = panel + k.first * Panel<kWidth>::kPitch, *second = panel + k.second * Panel<kWidth>::kPitch;
-    if constexpr (kWidth <= 4) {
-      const auto column = [](const Bf16* from) SP_ALWAYS_INLINE {
-        return _mm512_castsi128_si512(kWidth == 2 ? _mm_loadu_si32(from) : _mm_loadu_si64(from));
-      };
-      const __m512i a = column(first), b = column(second);
-      x[0] = _mm512_permutex2var_epi16(a, expand0, b);
-      if constexpr (kWidth == 4) x[1] = _mm512_permutex2var_epi16(a, expand1, b);
-    } else {
-      const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
-      x[0] = _mm512_unpacklo_epi16(a, b);
-      x[1] = _mm512_unpackhi_epi16(a, b);
+  FewSums() {
+    for (int p = 0; p < kParts; ++p) {
+      expand[p] = words(
+          [&](int lane, int half) { return 32 * half + (kWidth == 8 ? 4 * p + lane / 4 : 2 * p + lane / 8); });
     }
+  }
+
+  SP_INLINE static __m512i column(const Bf16* panel, int64_t k) {
+    const Bf16* from = panel + k * kWidth;
+    if constexpr (kWidth == 8) return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return _mm512_castsi128_si512(kWidth == 4 ? _mm_loadu_si64(from) : _mm_loadu_si32(from));
   }
 
   template <typename Index>
@@ -300,8 +269,9 @@ struct FewSums {
     __m512 sum[kSets][kParts][kHalves] = {};
     const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
       const uint32_t* from = pairs.weights + 8 * t;
-      __m512i x[kParts], w[kHalves];
-      inputs(panel, columns_of(pairs.inputs, t), x);
+      const Columns k = columns_of(pairs.inputs, t);
+      const __m512i first = column(panel, k.first), second = column(panel, k.second);
+      __m512i w[kHalves];
       SP_UNROLL for (int h = 0; h < kHalves; ++h) {
         if constexpr (kHalves == 2) {
           w[h] = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 4 * h)));
@@ -310,7 +280,8 @@ struct FewSums {
         }
       }
       SP_UNROLL for (int p = 0; p < kParts; ++p) {
-        SP_UNROLL for (int h = 0; h < kHalves; ++h) sum[q][p][h] = dot(sum[q][p][h], x[p], w[h]);
+        const __m512i x = _mm512_permutex2var_epi16(first, expand[p], second);
+        SP_UNROLL for (int h = 0; h < kHalves; ++h) sum[q][p][h] = dot(sum[q][p][h], x, w[h]);
       }
     };
     int64_t t = 0;
