@@ -89,6 +89,7 @@ SP_INLINE void make_pairs(const L& lists, const Slices& slices, int64_t s, int64
 
 // Pairs of all slices in a row, and before them where those of a slice start. Weights are 64-byte aligned.
 struct ArrangedPairs {
+  static constexpr bool kMade = true;
   using Index = uint16_t;
   struct Slice {
     int32_t start, count;
@@ -145,6 +146,7 @@ size_t arrange_bf16(const ProductArgs& args, void* to) {
 // Pairs of the slice asked for last, in a buffer with room for all columns of x.
 template <typename L>
 struct BufferedPairs {
+  static constexpr bool kMade = false;
   using Index = int32_t;
 
   BufferedPairs(const ProductArgs& args, const L& lists, void* buffer)
@@ -230,9 +232,9 @@ SP_INLINE void dot_row(const Pairs<Index>& pairs, const float* x, float* to) {
 }
 
 // --- panels ----------------------------------------------------------------------------------------------------------
-// A panel of kRows rows of x is K-major, row(i) the row in place i of each column. With 32 rows, a column is a register,
-// and rows are placed so that unpacking makes the pairs: a Zen 5 unpacks four registers a cycle beside the dot products,
-// where other permutes take the place of some.
+// A panel of kRows rows of x is K-major, row(i) the row in place i of each column. With 32 rows, a column is a
+// register, and rows are placed so that unpacking makes the pairs: a Zen 5 unpacks four registers a cycle beside the
+// dot products, where other permutes take the place of some.
 SP_INLINE int row_as_it_is(int i) { return i; }
 SP_INLINE int row_to_unpack(int i) { return i / 8 * 2 + i % 2 + i % 8 / 2 * 8; }
 
@@ -242,68 +244,57 @@ void pack_panel_of(const Bf16* x, int64_t stride, int64_t rows, int64_t length, 
 }
 
 // --- M in 2..8 -------------------------------------------------------------------------------------------------------
-// kWidth 2 or 4: a vector of sums has two rows of eight outputs. 8: four rows, in its 128-bit parts, of four outputs.
-template <int kWidth>
+// kRows rows of a panel [K][kWidth]. A vector of sums belongs to a row, eight outputs for each of two pairs at a time,
+// whose weights so lie as they are needed. Four columns of the panel become the pairs of four rows, once in each
+// 128-bit part, by steps that a Zen 5 does four of in a cycle: broadcasts that need no permute, unpacking, and a
+// shuffle within the parts that spreads one row.
+template <int kRows>
 struct FewSums {
-  static constexpr int kParts = kWidth == 8 ? 2 : kWidth / 2;  // of the rows
-  static constexpr int kHalves = kWidth == 8 ? 2 : 1;          // of the outputs
-  static constexpr int kSets = 4;                              // chains of additions: the latency of the dot product
+  static constexpr int kWidth = kRows <= 4 ? 4 : 8;
+  static constexpr int kSets = kRows >= 5 ? 1 : 2;  // chains of additions: the latency of the dot product
 
-  __m512i expand[kParts];
-
-  FewSums() {
-    for (int p = 0; p < kParts; ++p) {
-      expand[p] = words(
-          [&](int lane, int half) { return 32 * half + (kWidth == 8 ? 4 * p + lane / 4 : 2 * p + lane / 8); });
+  // Column k in the lower half, l in the upper.
+  SP_INLINE static __m512i columns(const Bf16* panel, int64_t k, int64_t l) {
+    const Bf16 *first = panel + k * kWidth, *second = panel + l * kWidth;
+    if constexpr (kWidth == 4) {
+      const auto four = [](const Bf16* from) SP_ALWAYS_INLINE {
+        return _mm512_broadcastsd_pd(_mm_load_sd(reinterpret_cast<const double*>(from)));
+      };
+      return _mm512_castpd_si512(_mm512_mask_mov_pd(four(first), 0xf0, four(second)));
+    } else {
+      const auto eight = [](const Bf16* from) SP_ALWAYS_INLINE {
+        return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+      };
+      return _mm512_inserti64x4(_mm512_castsi256_si512(eight(first)), eight(second), 1);
     }
-  }
-
-  SP_INLINE static __m512i column(const Bf16* panel, int64_t k) {
-    const Bf16* from = panel + k * kWidth;
-    if constexpr (kWidth == 8) return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    return _mm512_castsi128_si512(kWidth == 4 ? _mm_loadu_si64(from) : _mm_loadu_si32(from));
   }
 
   template <typename Index>
   SP_INLINE void operator()(const Pairs<Index>& pairs, const Bf16* panel, float* to) const {
-    __m512 sum[kSets][kParts][kHalves] = {};
+    __m512 sum[kSets][kRows] = {};
     const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
-      const uint32_t* from = pairs.weights + 8 * t;
-      const Columns k = columns_of(pairs.inputs, t);
-      const __m512i first = column(panel, k.first), second = column(panel, k.second);
-      __m512i w[kHalves];
-      SP_UNROLL for (int h = 0; h < kHalves; ++h) {
-        if constexpr (kHalves == 2) {
-          w[h] = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 4 * h)));
-        } else {
-          w[h] = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+      const Columns k = columns_of(pairs.inputs, t), l = columns_of(pairs.inputs, t + 1);
+      const __m512i a = columns(panel, k.first, l.first), b = columns(panel, k.second, l.second);
+      const __m512i w = _mm512_load_si512(pairs.weights + 8 * t);
+      const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+      const auto row = [&](auto number) SP_ALWAYS_INLINE {
+        constexpr int kRow = decltype(number)::value;
+        if constexpr (kRow < kRows) {
+          const __m512i x = _mm512_shuffle_epi32(kRow < 4 ? low : high, static_cast<_MM_PERM_ENUM>(kRow % 4 * 0x55));
+          sum[q][kRow] = dot(sum[q][kRow], x, w);
         }
-      }
-      SP_UNROLL for (int p = 0; p < kParts; ++p) {
-        const __m512i x = _mm512_permutex2var_epi16(first, expand[p], second);
-        SP_UNROLL for (int h = 0; h < kHalves; ++h) sum[q][p][h] = dot(sum[q][p][h], x, w[h]);
-      }
+      };
+      row(Int<0>{}), row(Int<1>{}), row(Int<2>{}), row(Int<3>{});
+      row(Int<4>{}), row(Int<5>{}), row(Int<6>{}), row(Int<7>{});
     };
     int64_t t = 0;
-    for (; t + kSets <= pairs.count; t += kSets) {
-      SP_UNROLL for (int q = 0; q < kSets; ++q) add(t + q, q);
+    for (; t + 2 * kSets - 2 < pairs.count; t += 2 * kSets) {
+      SP_UNROLL for (int q = 0; q < kSets; ++q) add(t + 2 * q, q);
     }
-    for (; t < pairs.count; ++t) add(t, 0);
-    SP_UNROLL for (int p = 0; p < kParts; ++p) {
-      SP_UNROLL for (int h = 0; h < kHalves; ++h) {
-        SP_UNROLL for (int q = 1; q < kSets; ++q) sum[0][p][h] += sum[q][p][h];
-        const __m512 v = sum[0][p][h];
-        if constexpr (kHalves == 2) {
-          float* at = to + 4 * p * kLineStride + 4 * h;
-          _mm_storeu_ps(at, _mm512_castps512_ps128(v));
-          _mm_storeu_ps(at + kLineStride, _mm512_extractf32x4_ps(v, 1));
-          _mm_storeu_ps(at + 2 * kLineStride, _mm512_extractf32x4_ps(v, 2));
-          _mm_storeu_ps(at + 3 * kLineStride, _mm512_extractf32x4_ps(v, 3));
-        } else {
-          _mm256_storeu_ps(to + 2 * p * kLineStride, _mm512_castps512_ps256(v));
-          _mm256_storeu_ps(to + (2 * p + 1) * kLineStride, _mm512_extractf32x8_ps(v, 1));
-        }
-      }
+    if (kSets == 2 && t < pairs.count) add(t, 0);
+    SP_UNROLL for (int i = 0; i < kRows; ++i) {
+      const __m512 v = kSets == 2 ? sum[0][i] + sum[kSets - 1][i] : sum[0][i];
+      _mm256_storeu_ps(to + i * kLineStride, _mm512_castps512_ps256(v) + _mm512_extractf32x8_ps(v, 1));
     }
   }
 };

@@ -68,11 +68,23 @@ struct LinearBf16 {
   template <int kRows, typename Source>
   int64_t few(const Source& source, int64_t m) const {
     const int64_t taken = m1 - m < kRows ? m1 - m : kRows;
-    const Bf16* panel = pack<kRows>(m, taken);
     const FewSums<kRows> sums;
+    const Bf16* panel = pack<FewSums<kRows>::kWidth>(m, taken);
     for_slices<kRows>(args, source, m, taken, l0, l1,
                       [&](const auto& pairs, float* to) SP_ALWAYS_INLINE { sums(pairs, panel, to); });
     return taken;
+  }
+
+  // Up to eight rows. Lists as they are cost so much to pair that two kernels do for them.
+  template <typename Source>
+  int64_t few_of(const Source& source, int64_t m, int64_t left) const {
+    if constexpr (Source::kMade) {
+      if (left == 2) return few<2>(source, m);
+      if (left == 3) return few<3>(source, m);
+      if (left == 5) return few<5>(source, m);
+      if (left == 6) return few<6>(source, m);
+    }
+    return left <= 4 ? few<4>(source, m) : few<8>(source, m);
   }
 
   template <int kZ, typename Source>
@@ -91,12 +103,8 @@ struct LinearBf16 {
         for_slices<1>(args, source, m, 1, l0, l1,
                       [&](const auto& pairs, float* to) SP_ALWAYS_INLINE { dot_row(pairs, scratch, to); });
         m += 1;
-      } else if (left == 2) {
-        m += few<2>(source, m);
-      } else if (left <= 4) {
-        m += few<4>(source, m);
       } else if (left <= 8) {
-        m += few<8>(source, m);
+        m += few_of(source, m, left);
       } else if (left <= 16) {
         m += many<2>(source, m);
       } else if (left <= 24) {

@@ -10,7 +10,7 @@
 namespace sp {
 namespace {
 
-constexpr int kCollected = 32;  // outputs collected
+constexpr int kLine = 32;  // outputs collected
 constexpr int kLineStride =
     48;  // floats from a row of a tile to the next: room for what is stored past the last output
 
