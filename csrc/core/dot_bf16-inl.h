@@ -25,7 +25,7 @@ SP_INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps
 template <typename Index>
 struct Pairs {
   const uint32_t* weights;
-  const Index* inputs;
+  const Index* inputs;  // twice the number of the column: then the address of a column of up to 16 bytes is no sum
   int64_t count;  // without the one that makes them even
 };
 
@@ -52,7 +52,7 @@ template <typename L, typename Index>
 SP_INLINE void make_pairs(const L& lists, const Slices& slices, int64_t s, int64_t padded, uint32_t* weights,
                           Index* inputs) {
   const int64_t r0 = slices.within(s), height = slices.outputs(s);
-  const Index none = static_cast<Index>(padded);
+  const Index none = static_cast<Index>(2 * padded);
   const auto column = [&](const Bf16* from) SP_ALWAYS_INLINE {
     if (height == 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + r0));
     return _mm_maskz_loadu_epi16(static_cast<__mmask8>((1 << height) - 1), from + r0);
@@ -64,7 +64,7 @@ SP_INLINE void make_pairs(const L& lists, const Slices& slices, int64_t s, int64
     inputs[0] = k, inputs[1] = l;
     weights += 8, inputs += 2;
   };
-  const auto input = [&](int64_t e, int64_t j) SP_ALWAYS_INLINE { return static_cast<Index>(lists.input(e) + j); };
+  const auto input = [&](int64_t e, int64_t j) SP_ALWAYS_INLINE { return static_cast<Index>(2 * (lists.input(e) + j)); };
   const __m128i zero = _mm_setzero_si128();
   int64_t e = lists.crow[slices.row(s)];
   const int64_t end = lists.crow[slices.row(s) + 1];
@@ -117,7 +117,7 @@ struct ArrangedPairs {
 // Arrange (types.h) for linear_bf16.
 size_t arrange_bf16(const ProductArgs& args, void* to) {
   const int64_t padded = padded_inputs(args);
-  if (padded > 0xffff) return 0;
+  if (padded > 0x7fff) return 0;
   const Slices slices(args);
   const int64_t count = args.lists * slices.per_row;
   int64_t pairs = 0;
@@ -170,7 +170,7 @@ struct BufferedPairs {
   Index* inputs;
 };
 
-// The two columns of pair t: in one load where they are narrow, since loads are what binds most kernels here.
+// Twice the two columns of pair t: in one load where they are narrow, since loads are what binds most kernels here.
 struct Columns {
   int64_t first, second;
 };
@@ -180,6 +180,12 @@ SP_INLINE Columns columns_of(const uint16_t* inputs, int64_t t) {
   return {both & 0xffff, both >> 16};
 }
 SP_INLINE Columns columns_of(const int32_t* inputs, int64_t t) { return {inputs[2 * t], inputs[2 * t + 1]}; }
+
+// A column of `kBytes` of a panel.
+template <int kBytes, typename T>
+SP_INLINE const T* column_at(const T* panel, int64_t twice) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(panel) + twice * (kBytes / 2));
+}
 
 // Calls sums(pairs, to) for every slice of block rows b0 .. b1 - 1: it writes what `rows` rows have for eight outputs.
 template <int kRows, typename Source, typename Sums>
@@ -203,7 +209,8 @@ SP_INLINE void dot_row(const Pairs<Index>& pairs, const float* x, float* to) {
   constexpr int kSets = 2;
   __m512 first[kSets] = {}, second[kSets] = {};
   const auto two = [&](int64_t k, int64_t l) SP_ALWAYS_INLINE {
-    return _mm512_mask_broadcastss_ps(_mm512_broadcastss_ps(_mm_load_ss(x + k)), 0xff00, _mm_load_ss(x + l));
+    const auto one = [&](int64_t k) SP_ALWAYS_INLINE { return _mm_load_ss(column_at<4>(x, k)); };
+    return _mm512_mask_broadcastss_ps(_mm512_broadcastss_ps(one(k)), 0xff00, one(l));
   };
   const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
     __m512i bits = _mm512_load_si512(pairs.weights + 8 * t);
@@ -251,11 +258,11 @@ void pack_panel_of(const Bf16* x, int64_t stride, int64_t rows, int64_t length, 
 template <int kRows>
 struct FewSums {
   static constexpr int kWidth = kRows <= 4 ? 4 : 8;
-  static constexpr int kSets = kRows >= 5 ? 1 : 2;  // chains of additions: the latency of the dot product
+  static constexpr int kSets = 2;  // chains of additions: the latency of the dot product
 
   // Column k in the lower half, l in the upper.
   SP_INLINE static __m512i columns(const Bf16* panel, int64_t k, int64_t l) {
-    const Bf16 *first = panel + k * kWidth, *second = panel + l * kWidth;
+    const Bf16 *first = column_at<2 * kWidth>(panel, k), *second = column_at<2 * kWidth>(panel, l);
     if constexpr (kWidth == 4) {
       const auto four = [](const Bf16* from) SP_ALWAYS_INLINE {
         return _mm512_broadcastsd_pd(_mm_load_sd(reinterpret_cast<const double*>(from)));
@@ -312,7 +319,7 @@ struct PanelSums {
 
   // x[z]: pairs of rows 8 * z .., each twice.
   SP_INLINE void inputs(const Bf16* panel, const Columns& k, __m512i* x) const {
-    const Bf16 *first = panel + k.first * kWidth, *second = panel + k.second * kWidth;
+    const Bf16 *first = column_at<2 * kWidth>(panel, k.first), *second = column_at<2 * kWidth>(panel, k.second);
     if constexpr (kZ == 2) {
       const __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
       const __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
