@@ -26,7 +26,7 @@ template <typename Index>
 struct Pairs {
   const uint32_t* weights;
   const Index* inputs;  // twice the number of the column: then the address of a column of up to 16 bytes is no sum
-  int64_t count;  // without the one that makes them even
+  int64_t count;        // without the one that makes them even
 };
 
 SP_INLINE int64_t padded_inputs(const ProductArgs& args) { return (args.in + args.c - 1) / args.c * args.c; }
@@ -64,7 +64,8 @@ SP_INLINE void make_pairs(const L& lists, const Slices& slices, int64_t s, int64
     inputs[0] = k, inputs[1] = l;
     weights += 8, inputs += 2;
   };
-  const auto input = [&](int64_t e, int64_t j) SP_ALWAYS_INLINE { return static_cast<Index>(2 * (lists.input(e) + j)); };
+  const auto input = [&](int64_t e, int64_t j)
+                         SP_ALWAYS_INLINE { return static_cast<Index>(2 * (lists.input(e) + j)); };
   const __m128i zero = _mm_setzero_si128();
   int64_t e = lists.crow[slices.row(s)];
   const int64_t end = lists.crow[slices.row(s) + 1];
@@ -425,10 +426,11 @@ SP_INLINE void start_from(const Bf16* bias, int64_t live, __m512* start) {
   }
 }
 
-// For R % 8 == 0 and no residual, which is added before the rounding. Finished outputs are kept as bf16 until eight
-// cache lines of each row are there: with N a multiple of 2048 all rows of y share one set of the first cache, and a
-// line that is written alone waits 15 cycles for the second cache (Zen 5); of eight neighbours, eight rows at a time,
-// each takes two. They are written in parts between the slices of the next outputs, beside their dot products.
+// For R % 8 == 0 and y of bf16 without a residual, which is added before the rounding. Finished outputs are kept as
+// bf16 until eight cache lines of each row are there: with N a multiple of 2048 all rows of y share one set of the
+// first cache, and a line that is written alone waits 15 cycles for the second cache (Zen 5); of eight neighbours,
+// eight rows at a time, each takes two. They are written in parts between the slices of the next outputs, beside their
+// dot products.
 template <int kZ, typename Source>
 void dot_panel_plain(const ProductArgs& args, const Source& source, const Bf16* panel, int64_t row, int64_t rows,
                      int64_t s0, int64_t s1) {
