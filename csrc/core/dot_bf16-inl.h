@@ -5,9 +5,9 @@
 // columns of x [pair][2]. An even number of pairs: what is missing has weights 0 and names a column that x does not
 // have, whose input is 0. Made once for a prepared product (arrange_bf16), else slice by slice into a buffer.
 // Maths  vdpbf16ps: products exact, sums float, denormal operands and results taken as zero. M = 1: float multiply-adds
-// Cost   bound by loads or dot products, whichever are more (a Zen 5 does two of each per cycle, 512 bits wide, a Zen 4
-//        one), per pair: M = 1 2.5 / 2 loads; M = 2..4 3 loads; M = 5..8 4 and 4; above, per eight rows 4 dot products,
-//        with 6 loads for up to 32 rows
+// Cost   a Zen 5 (two dot products and two vector loads a cycle) takes per pair, beside 12 cycles a slice or more:
+//        M = 1 1.5 cycles, bound by loads; M = 2 1.6, M = 4 1.8; M = 5 2.5, M = 8 3.1, bound by permutes; up to 16 rows
+//        4.1, up to 32 8.2, which are the dot products. Packing x, 0.1 cycles per element, comes once per panel
 #pragma once
 
 #include "core/interleave-inl.h"
@@ -207,8 +207,7 @@ SP_INLINE void for_slices(const ProductArgs& args, const Source& source, int64_t
 // mask widen them; two pairs at a time. x: floats, 0 behind the last.
 template <typename Index>
 SP_INLINE void dot_row(const Pairs<Index>& pairs, const float* x, float* to) {
-  constexpr int kSets = 2;
-  __m512 first[kSets] = {}, second[kSets] = {};
+  __m512 first[2] = {}, second[2] = {};
   const auto two = [&](int64_t k, int64_t l) SP_ALWAYS_INLINE {
     const auto one = [&](int64_t k) SP_ALWAYS_INLINE { return _mm_load_ss(column_at<4>(x, k)); };
     return _mm512_mask_broadcastss_ps(_mm512_broadcastss_ps(one(k)), 0xff00, one(l));
@@ -259,7 +258,6 @@ void pack_panel_of(const Bf16* x, int64_t stride, int64_t rows, int64_t length, 
 template <int kRows>
 struct FewSums {
   static constexpr int kWidth = kRows <= 4 ? 4 : 8;
-  static constexpr int kSets = 2;  // chains of additions: the latency of the dot product
 
   // Column k in the lower half, l in the upper.
   SP_INLINE static __m512i columns(const Bf16* panel, int64_t k, int64_t l) {
@@ -279,7 +277,7 @@ struct FewSums {
 
   template <typename Index>
   SP_INLINE void operator()(const Pairs<Index>& pairs, const Bf16* panel, float* to) const {
-    __m512 sum[kSets][kRows] = {};
+    __m512 sum[2][kRows] = {};  // two chains of additions: the latency of the dot product
     const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
       const Columns k = columns_of(pairs.inputs, t), l = columns_of(pairs.inputs, t + 1);
       const __m512i a = columns(panel, k.first, l.first), b = columns(panel, k.second, l.second);
@@ -296,12 +294,13 @@ struct FewSums {
       row(Int<4>{}), row(Int<5>{}), row(Int<6>{}), row(Int<7>{});
     };
     int64_t t = 0;
-    for (; t + 2 * kSets - 2 < pairs.count; t += 2 * kSets) {
-      SP_UNROLL for (int q = 0; q < kSets; ++q) add(t + 2 * q, q);
+    for (; t + 2 < pairs.count; t += 4) {
+      add(t, 0);
+      add(t + 2, 1);
     }
-    if (kSets == 2 && t < pairs.count) add(t, 0);
+    if (t < pairs.count) add(t, 0);
     SP_UNROLL for (int i = 0; i < kRows; ++i) {
-      const __m512 v = kSets == 2 ? sum[0][i] + sum[kSets - 1][i] : sum[0][i];
+      const __m512 v = sum[0][i] + sum[1][i];
       _mm256_storeu_ps(to + i * kLineStride, _mm512_castps512_ps256(v) + _mm512_extractf32x8_ps(v, 1));
     }
   }

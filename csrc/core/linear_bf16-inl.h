@@ -5,8 +5,9 @@
 // Maths  products of bf16 exact, sums float, y rounded once to nearest even. With vdpbf16ps denormal operands, sums and
 //        results count as zero
 // Limits any R, C, M >= 0, N, K. Fast for R % 8 == 0, tuned for 8x1
-// Cost   dot_bf16-inl.h where the instruction set has vdpbf16ps, else widen-inl.h: M = 1 bound by memory, the speed of
-//        fp32 above
+// Cost   dot_bf16-inl.h where the instruction set has vdpbf16ps: near the rate of its dot products from M = 16 on, if
+// the
+//        weight is arranged (types.h). Else widen-inl.h: M = 1 bound by memory, the speed of fp32 above
 #pragma once
 
 #include "core/dot_bf16-inl.h"
