@@ -29,6 +29,8 @@ struct Pairs {
   int64_t count;        // without the one that makes them even
 };
 
+constexpr int64_t kNarrowInputs = 0x7fff;  // up to here uint16 holds twice the number of a column
+
 SP_INLINE int64_t padded_inputs(const ProductArgs& args) { return (args.in + args.c - 1) / args.c * args.c; }
 
 // Slices of the block rows, numbered through.
@@ -58,20 +60,30 @@ SP_INLINE void make_pairs(const L& lists, const Slices& slices, int64_t s, int64
     return _mm_maskz_loadu_epi16(static_cast<__mmask8>((1 << height) - 1), from + r0);
   };
   const uint32_t* start = weights;
-  const auto put = [&](__m128i first, __m128i second, Index k, Index l) SP_ALWAYS_INLINE {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(weights), _mm_unpacklo_epi16(first, second));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(weights + 4), _mm_unpackhi_epi16(first, second));
-    inputs[0] = k, inputs[1] = l;
+  const __m256i interleave = _mm512_castsi512_si256(words([](int lane, int half) { return 8 * half + lane % 8; }));
+  const auto put = [&](__m256i both, Index k, Index l) SP_ALWAYS_INLINE {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights), _mm256_permutexvar_epi16(interleave, both));
+    const Index columns[2] = {k, l};
+    memcpy(inputs, columns, sizeof columns);
     weights += 8, inputs += 2;
   };
+  const auto join = [](__m128i first, __m128i second)
+                        SP_ALWAYS_INLINE { return _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1); };
   const auto input = [&](int64_t e, int64_t j)
                          SP_ALWAYS_INLINE { return static_cast<Index>(2 * (lists.input(e) + j)); };
   const __m128i zero = _mm_setzero_si128();
   int64_t e = lists.crow[slices.row(s)];
   const int64_t end = lists.crow[slices.row(s) + 1];
   if (lists.c() == 1) {
-    for (; e + 2 <= end; e += 2) put(column(lists.block(e)), column(lists.block(e + 1)), input(e, 0), input(e + 1, 0));
-    if (e < end) put(column(lists.block(e)), zero, input(e, 0), none);
+    for (; e + 2 <= end; e += 2) {
+      if constexpr (L::kContiguous) {
+        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lists.block(e)));
+        put(both, input(e, 0), input(e + 1, 0));
+      } else {
+        put(join(column(lists.block(e)), column(lists.block(e + 1))), input(e, 0), input(e + 1, 0));
+      }
+    }
+    if (e < end) put(join(column(lists.block(e)), zero), input(e, 0), none);
   } else {
     __m128i waiting = zero;
     Index at = none;
@@ -79,18 +91,18 @@ SP_INLINE void make_pairs(const L& lists, const Slices& slices, int64_t s, int64
     for (; e < end; ++e) {
       for (int64_t j = 0; j < lists.c(); ++j, odd = !odd) {
         const __m128i more = column(lists.block(e) + j * lists.r());
-        if (odd) put(waiting, more, at, input(e, j));
+        if (odd) put(join(waiting, more), at, input(e, j));
         waiting = more, at = input(e, j);
       }
     }
-    if (odd) put(waiting, zero, at, none);
+    if (odd) put(join(waiting, zero), at, none);
   }
-  if ((weights - start) % 16 != 0) put(zero, zero, none, none);
+  if ((weights - start) % 16 != 0) put(join(zero, zero), none, none);
 }
 
 // Pairs of all slices in a row, and before them where those of a slice start. Weights are 64-byte aligned.
 struct ArrangedPairs {
-  static constexpr bool kMade = true;
+  static constexpr bool kMade = true, kEightByOne = false;
   using Index = uint16_t;
   struct Slice {
     int32_t start, count;
@@ -118,7 +130,7 @@ struct ArrangedPairs {
 // Arrange (types.h) for linear_bf16.
 size_t arrange_bf16(const ProductArgs& args, void* to) {
   const int64_t padded = padded_inputs(args);
-  if (padded > 0x7fff) return 0;
+  if (padded > kNarrowInputs) return 0;
   const Slices slices(args);
   const int64_t count = args.lists * slices.per_row;
   int64_t pairs = 0;
@@ -145,10 +157,10 @@ size_t arrange_bf16(const ProductArgs& args, void* to) {
 }
 
 // Pairs of the slice asked for last, in a buffer with room for all columns of x.
-template <typename L>
+template <typename L, typename Column>
 struct BufferedPairs {
-  static constexpr bool kMade = false;
-  using Index = int32_t;
+  static constexpr bool kMade = false, kEightByOne = L::kEightByOne;
+  using Index = Column;
 
   BufferedPairs(const ProductArgs& args, const L& lists, void* buffer)
       : args(args),
@@ -171,6 +183,11 @@ struct BufferedPairs {
   Index* inputs;
 };
 
+template <typename Column, typename L>
+BufferedPairs<L, Column> buffered_pairs(const ProductArgs& args, const L& lists, void* buffer) {
+  return {args, lists, buffer};
+}
+
 // Twice the two columns of pair t: in one load where they are narrow, since loads are what binds most kernels here.
 struct Columns {
   int64_t first, second;
@@ -188,16 +205,15 @@ SP_INLINE const T* column_at(const T* panel, int64_t twice) {
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(panel) + twice * (kBytes / 2));
 }
 
-// Calls sums(pairs, to) for every slice of block rows b0 .. b1 - 1: it writes what `rows` rows have for eight outputs.
-template <int kRows, typename Source, typename Sums>
-SP_INLINE void for_slices(const ProductArgs& args, const Source& source, int64_t row, int64_t rows, int64_t b0,
-                          int64_t b1, const Sums& sums) {
+// Calls sums(s, to) for every slice of block rows b0 .. b1 - 1: it writes what `rows` rows have for eight outputs.
+template <int kRows, typename Sums>
+SP_INLINE void for_slices(const ProductArgs& args, int64_t row, int64_t rows, int64_t b0, int64_t b1,
+                          const Sums& sums) {
   const Epilogue<Bf16, float> epilogue(args);
   const Slices slices(args);
-  const Source own = source;  // known to be nobody else's
   Lines<kRows, Bf16> lines(epilogue, row, rows);
   for (int64_t s = b0 * slices.per_row; s < b1 * slices.per_row; ++s) {
-    sums(own.slice(s), lines.place(slices.output(s), slices.outputs(s)));
+    sums(s, lines.place(slices.output(s), slices.outputs(s)));
   }
   lines.flush();
 }
@@ -251,12 +267,130 @@ void pack_panel_of(const Bf16* x, int64_t stride, int64_t rows, int64_t length, 
 }
 
 // --- M in 2..8 -------------------------------------------------------------------------------------------------------
-// kRows rows of a panel [K][kWidth]. A vector of sums belongs to a row, eight outputs for each of two pairs at a time,
-// whose weights so lie as they are needed. Four columns of the panel become the pairs of four rows, once in each
-// 128-bit part, by steps that a Zen 5 does four of in a cycle: broadcasts that need no permute, unpacking, and a
-// shuffle within the parts that spreads one row.
+// kWidth rows, 4 or 8, of a panel [K][kWidth], one pair at a time. With 4 rows, a vector of sums has two rows of eight
+// outputs; with 8, four rows, in its 128-bit parts, of four outputs. One permute makes the inputs of such rows.
+template <int kWidth>
+struct SquareSums {
+  static constexpr int kParts = 2, kHalves = kWidth / 4;  // of the rows, of the outputs
+
+  __m512i expand[kParts], expand_block[kHalves];
+
+  SquareSums() {
+    for (int h = 0; h < kHalves; ++h) {
+      expand_block[h] =
+          words([&](int lane, int half) { return 8 * half + (kWidth == 8 ? 4 * h + lane % 4 : lane % 8); });
+    }
+    for (int p = 0; p < kParts; ++p) {
+      expand[p] =
+          words([&](int lane, int half) { return 32 * half + (kWidth == 8 ? 4 * p + lane / 4 : 2 * p + lane / 8); });
+    }
+  }
+
+  SP_INLINE static __m512i column(const Bf16* panel, int64_t k) {
+    const Bf16* from = column_at<2 * kWidth>(panel, k);
+    if constexpr (kWidth == 4) return _mm512_castsi128_si512(_mm_loadu_si64(from));
+    return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+
+  // Weights of the outputs of half h, as often as there are rows in a part.
+  SP_INLINE static __m512i spread(const uint32_t* weights, int h) {
+    if constexpr (kWidth == 4) {
+      return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights)));
+    }
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights + 4 * h)));
+  }
+
+  template <typename Index>
+  SP_INLINE void operator()(const Pairs<Index>& pairs, const Bf16* panel, float* to) const {
+    Sums sum = {};
+    const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
+      const Columns k = columns_of(pairs.inputs, t);
+      __m512i w[kHalves];
+      SP_UNROLL for (int h = 0; h < kHalves; ++h) w[h] = spread(pairs.weights + 8 * t, h);
+      add_pair(column(panel, k.first), column(panel, k.second), w, sum[q]);
+    };
+    int64_t t = 0;
+    for (; t + kSets <= pairs.count; t += kSets) {
+      SP_UNROLL for (int q = 0; q < kSets; ++q) add(t + q, q);
+    }
+    for (; t < pairs.count; ++t) add(t, 0);
+    put(sum, to);
+  }
+
+  // The same of 8x1 blocks as they are in the lists.
+  template <typename L>
+  SP_INLINE void operator()(const L& lists, int64_t b, const Bf16* panel, float* to) const {
+    Sums sum = {};
+    const auto add = [&](int64_t e, int q) SP_ALWAYS_INLINE {
+      __m256i both;
+      if constexpr (L::kContiguous) {
+        both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lists.block(e)));
+      } else {
+        both = _mm256_inserti128_si256(_mm256_castsi128_si256(block(lists, e)), block(lists, e + 1), 1);
+      }
+      __m512i w[kHalves];
+      SP_UNROLL for (int h = 0; h < kHalves; ++h) w[h] = spread_block(both, h);
+      add_pair(column(panel, 2 * lists.input(e)), column(panel, 2 * lists.input(e + 1)), w, sum[q]);
+    };
+    int64_t e = lists.crow[b];
+    const int64_t end = lists.crow[b + 1];
+    for (; e + 2 * kSets <= end; e += 2 * kSets) {
+      SP_UNROLL for (int q = 0; q < kSets; ++q) add(e + 2 * q, q);
+    }
+    for (; e + 2 <= end; e += 2) add(e, 0);
+    if (e < end) {
+      __m512i w[kHalves];
+      SP_UNROLL for (int h = 0; h < kHalves; ++h) w[h] = spread_block(_mm256_zextsi128_si256(block(lists, e)), h);
+      add_pair(column(panel, 2 * lists.input(e)), _mm512_setzero_si512(), w, sum[0]);
+    }
+    put(sum, to);
+  }
+
+ private:
+  static constexpr int kSets = 4;  // chains of additions: the latency of the dot product
+  using Sums = __m512[kSets][kParts][kHalves];
+
+  template <typename L>
+  SP_INLINE static __m128i block(const L& lists, int64_t e) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(lists.block(e)));
+  }
+  SP_INLINE __m512i spread_block(__m256i both, int h) const {
+    return _mm512_permutexvar_epi16(expand_block[h], _mm512_castsi256_si512(both));
+  }
+
+  SP_INLINE void add_pair(__m512i first, __m512i second, const __m512i* w, __m512 (*sum)[kHalves]) const {
+    SP_UNROLL for (int p = 0; p < kParts; ++p) {
+      const __m512i x = _mm512_permutex2var_epi16(first, expand[p], second);
+      SP_UNROLL for (int h = 0; h < kHalves; ++h) sum[p][h] = dot(sum[p][h], x, w[h]);
+    }
+  }
+
+  SP_INLINE static void put(const Sums& sum, float* to) {
+    SP_UNROLL for (int p = 0; p < kParts; ++p) {
+      SP_UNROLL for (int h = 0; h < kHalves; ++h) {
+        const __m512 v = (sum[0][p][h] + sum[1][p][h]) + (sum[2][p][h] + sum[3][p][h]);
+        float* at = to + kWidth / 2 * p * kLineStride + 4 * h;
+        if constexpr (kWidth == 4) {
+          _mm256_storeu_ps(at, _mm512_castps512_ps256(v));
+          _mm256_storeu_ps(at + kLineStride, _mm512_extractf32x8_ps(v, 1));
+        } else {
+          _mm_storeu_ps(at, _mm512_castps512_ps128(v));
+          _mm_storeu_ps(at + kLineStride, _mm512_extractf32x4_ps(v, 1));
+          _mm_storeu_ps(at + 2 * kLineStride, _mm512_extractf32x4_ps(v, 2));
+          _mm_storeu_ps(at + 3 * kLineStride, _mm512_extractf32x4_ps(v, 3));
+        }
+      }
+    }
+  }
+};
+
+// kRows rows, 2 to 5, of a panel [K][4 or 8]. A vector of sums belongs to one row, eight outputs for each of two pairs
+// at a time, whose weights so lie as they are needed. Four columns of the panel become the pairs of four rows, once in
+// each 128-bit part, by steps that a Zen 5 does four of in a cycle: broadcasts that need no permute, unpacking, and a
+// shuffle within the parts that spreads one row. (M = 4: 1.8 cycles a pair for 2.1. Processors that take two turns for
+// 512 bits lose by it, and so do more rows.)
 template <int kRows>
-struct FewSums {
+struct RowSums {
   static constexpr int kWidth = kRows <= 4 ? 4 : 8;
 
   // Column k in the lower half, l in the upper.
@@ -495,9 +629,9 @@ void dot_panel(const ProductArgs& args, const Source& source, const Bf16* panel,
   }
   const PanelSums<kZ> sums;
   const __m512 zero[4] = {};
-  for_slices<8 * kZ>(args, source, row, rows, b0, b1, [&](const auto& pairs, float* to) SP_ALWAYS_INLINE {
+  for_slices<8 * kZ>(args, row, rows, b0, b1, [&](int64_t s, float* to) SP_ALWAYS_INLINE {
     __m512 sum[kZ][4];
-    sums(pairs, panel, zero, sum);
+    sums(source.slice(s), panel, zero, sum);
     for (int z = 0; z < kZ; ++z) put_square(sum[z], to + 8 * z * kLineStride);
   });
 }

@@ -66,26 +66,34 @@ struct LinearBf16 {
   }
 
 #if defined(SP_DOT_BF16)
-  template <int kRows, typename Source>
-  int64_t few(const Source& source, int64_t m) const {
-    const int64_t taken = m1 - m < kRows ? m1 - m : kRows;
-    const FewSums<kRows> sums;
-    const Bf16* panel = pack<FewSums<kRows>::kWidth>(m, taken);
-    for_slices<kRows>(args, source, m, taken, l0, l1,
-                      [&](const auto& pairs, float* to) SP_ALWAYS_INLINE { sums(pairs, panel, to); });
+  // `taken` rows, at most kWidth, by Sums.
+  template <int kWidth, typename Sums, typename Source>
+  int64_t few(const Source& source, int64_t m, int64_t taken) const {
+    const Sums sums;
+    const Bf16* panel = pack<kWidth>(m, taken);
+    if constexpr (Source::kEightByOne) {
+      for_slices<kWidth>(args, m, taken, l0, l1,
+                         [&](int64_t s, float* to) SP_ALWAYS_INLINE { sums(source.lists, s, panel, to); });
+    } else {
+      const Source own = source;  // known to be nobody else's
+      for_slices<kWidth>(args, m, taken, l0, l1,
+                         [&](int64_t s, float* to) SP_ALWAYS_INLINE { sums(own.slice(s), panel, to); });
+    }
     return taken;
   }
 
-  // Up to eight rows. Lists as they are cost so much to pair that two kernels do for them.
+  // The next rows, at most eight.
   template <typename Source>
-  int64_t few_of(const Source& source, int64_t m, int64_t left) const {
+  int64_t few_of(const Source& source, int64_t m, int64_t rows) const {
     if constexpr (Source::kMade) {
-      if (left == 2) return few<2>(source, m);
-      if (left == 3) return few<3>(source, m);
-      if (left == 5) return few<5>(source, m);
-      if (left == 6) return few<6>(source, m);
+      if (wide_datapath) {
+        if (rows == 2) return few<4, RowSums<2>>(source, m, rows);
+        if (rows == 3) return few<4, RowSums<3>>(source, m, rows);
+        if (rows == 4) return few<4, RowSums<4>>(source, m, rows);
+        if (rows == 5) return few<8, RowSums<5>>(source, m, rows);
+      }
     }
-    return left <= 4 ? few<4>(source, m) : few<8>(source, m);
+    return rows <= 4 ? few<4, SquareSums<4>>(source, m, rows) : few<8, SquareSums<8>>(source, m, rows);
   }
 
   template <int kZ, typename Source>
@@ -101,8 +109,9 @@ struct LinearBf16 {
       const int64_t left = m1 - m;
       if (left == 1) {
         widen_row(m);
-        for_slices<1>(args, source, m, 1, l0, l1,
-                      [&](const auto& pairs, float* to) SP_ALWAYS_INLINE { dot_row(pairs, scratch, to); });
+        const Source own = source;
+        for_slices<1>(args, m, 1, l0, l1,
+                      [&](int64_t s, float* to) SP_ALWAYS_INLINE { dot_row(own.slice(s), scratch, to); });
         m += 1;
       } else if (left <= 8) {
         m += few_of(source, m, left);
@@ -122,8 +131,11 @@ struct LinearBf16 {
       if (m1 - m0 == 1) {  // blocks as they are: one row does not pay for making pairs
         widen_row(m0);
         widened_gemv<false>(lists, Epilogue<Bf16, float>(args), scratch, m0, 1.0f, l0, l1);
+      } else if (padded() <= kNarrowInputs) {
+        rows(buffered_pairs<uint16_t>(args, lists, buffer()));
       } else {
-        rows(BufferedPairs(args, lists, buffer()));
+        const Lists<Bf16, false, false> any(args);
+        rows(buffered_pairs<int32_t>(args, any, buffer()));
       }
     });
   }
