@@ -5,9 +5,9 @@
 // columns of x [pair][2]. An even number of pairs: what is missing has weights 0 and names a column that x does not
 // have, whose input is 0. Made once for a prepared product (arrange_bf16), else slice by slice into a buffer.
 // Maths  vdpbf16ps: products exact, sums float, denormal operands and results taken as zero. M = 1: float multiply-adds
-// Cost   bound by loads or dot products, whichever are more (a Zen 5 does two of each per cycle, 512 bits wide, a Zen 4
-//        one), per pair: M = 1 2.5 / 2 loads; M = 2..4 3 loads; M = 5..8 4 and 4; above, per eight rows 4 dot products,
-//        with 6 loads for up to 32 rows
+// Cost   a Zen 5 (two dot products and two vector loads a cycle) takes per pair, beside 12 cycles a slice or more:
+//        M = 1 1.5 cycles, bound by loads; M = 2 1.6, M = 4 1.8; M = 5 2.5, M = 8 3.1, bound by permutes; up to 16 rows
+//        4.1, up to 32 8.2, which are the dot products. Packing x, 0.1 cycles per element, comes once per panel
 #pragma once
 
 #include "core/interleave-inl.h"
@@ -25,9 +25,11 @@ SP_INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps
 template <typename Index>
 struct Pairs {
   const uint32_t* weights;
-  const Index* inputs;
-  int64_t count;  // without the one that makes them even
+  const Index* inputs;  // twice the number of the column: then the address of a column of up to 16 bytes is no sum
+  int64_t count;        // without the one that makes them even
 };
+
+constexpr int64_t kNarrowInputs = 0x7fff;  // up to here uint16 holds twice the number of a column
 
 SP_INLINE int64_t padded_inputs(const ProductArgs& args) { return (args.in + args.c - 1) / args.c * args.c; }
 
@@ -52,25 +54,36 @@ template <typename L, typename Index>
 SP_INLINE void make_pairs(const L& lists, const Slices& slices, int64_t s, int64_t padded, uint32_t* weights,
                           Index* inputs) {
   const int64_t r0 = slices.within(s), height = slices.outputs(s);
-  const Index none = static_cast<Index>(padded);
+  const Index none = static_cast<Index>(2 * padded);
   const auto column = [&](const Bf16* from) SP_ALWAYS_INLINE {
     if (height == 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + r0));
     return _mm_maskz_loadu_epi16(static_cast<__mmask8>((1 << height) - 1), from + r0);
   };
   const uint32_t* start = weights;
-  const auto put = [&](__m128i first, __m128i second, Index k, Index l) SP_ALWAYS_INLINE {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(weights), _mm_unpacklo_epi16(first, second));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(weights + 4), _mm_unpackhi_epi16(first, second));
-    inputs[0] = k, inputs[1] = l;
+  const __m256i interleave = _mm512_castsi512_si256(words([](int lane, int half) { return 8 * half + lane % 8; }));
+  const auto put = [&](__m256i both, Index k, Index l) SP_ALWAYS_INLINE {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights), _mm256_permutexvar_epi16(interleave, both));
+    const Index columns[2] = {k, l};
+    memcpy(inputs, columns, sizeof columns);
     weights += 8, inputs += 2;
   };
-  const auto input = [&](int64_t e, int64_t j) SP_ALWAYS_INLINE { return static_cast<Index>(lists.input(e) + j); };
+  const auto join = [](__m128i first, __m128i second)
+                        SP_ALWAYS_INLINE { return _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1); };
+  const auto input = [&](int64_t e, int64_t j)
+                         SP_ALWAYS_INLINE { return static_cast<Index>(2 * (lists.input(e) + j)); };
   const __m128i zero = _mm_setzero_si128();
   int64_t e = lists.crow[slices.row(s)];
   const int64_t end = lists.crow[slices.row(s) + 1];
   if (lists.c() == 1) {
-    for (; e + 2 <= end; e += 2) put(column(lists.block(e)), column(lists.block(e + 1)), input(e, 0), input(e + 1, 0));
-    if (e < end) put(column(lists.block(e)), zero, input(e, 0), none);
+    for (; e + 2 <= end; e += 2) {
+      if constexpr (L::kContiguous) {
+        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lists.block(e)));
+        put(both, input(e, 0), input(e + 1, 0));
+      } else {
+        put(join(column(lists.block(e)), column(lists.block(e + 1))), input(e, 0), input(e + 1, 0));
+      }
+    }
+    if (e < end) put(join(column(lists.block(e)), zero), input(e, 0), none);
   } else {
     __m128i waiting = zero;
     Index at = none;
@@ -78,17 +91,18 @@ SP_INLINE void make_pairs(const L& lists, const Slices& slices, int64_t s, int64
     for (; e < end; ++e) {
       for (int64_t j = 0; j < lists.c(); ++j, odd = !odd) {
         const __m128i more = column(lists.block(e) + j * lists.r());
-        if (odd) put(waiting, more, at, input(e, j));
+        if (odd) put(join(waiting, more), at, input(e, j));
         waiting = more, at = input(e, j);
       }
     }
-    if (odd) put(waiting, zero, at, none);
+    if (odd) put(join(waiting, zero), at, none);
   }
-  if ((weights - start) % 16 != 0) put(zero, zero, none, none);
+  if ((weights - start) % 16 != 0) put(join(zero, zero), none, none);
 }
 
 // Pairs of all slices in a row, and before them where those of a slice start. Weights are 64-byte aligned.
 struct ArrangedPairs {
+  static constexpr bool kMade = true, kEightByOne = false;
   using Index = uint16_t;
   struct Slice {
     int32_t start, count;
@@ -116,7 +130,7 @@ struct ArrangedPairs {
 // Arrange (types.h) for linear_bf16.
 size_t arrange_bf16(const ProductArgs& args, void* to) {
   const int64_t padded = padded_inputs(args);
-  if (padded > 0xffff) return 0;
+  if (padded > kNarrowInputs) return 0;
   const Slices slices(args);
   const int64_t count = args.lists * slices.per_row;
   int64_t pairs = 0;
@@ -143,9 +157,10 @@ size_t arrange_bf16(const ProductArgs& args, void* to) {
 }
 
 // Pairs of the slice asked for last, in a buffer with room for all columns of x.
-template <typename L>
+template <typename L, typename Column>
 struct BufferedPairs {
-  using Index = int32_t;
+  static constexpr bool kMade = false, kEightByOne = L::kEightByOne;
+  using Index = Column;
 
   BufferedPairs(const ProductArgs& args, const L& lists, void* buffer)
       : args(args),
@@ -168,7 +183,12 @@ struct BufferedPairs {
   Index* inputs;
 };
 
-// The two columns of pair t: in one load where they are narrow, since loads are what binds most kernels here.
+template <typename Column, typename L>
+BufferedPairs<L, Column> buffered_pairs(const ProductArgs& args, const L& lists, void* buffer) {
+  return {args, lists, buffer};
+}
+
+// Twice the two columns of pair t: in one load where they are narrow, since loads are what binds most kernels here.
 struct Columns {
   int64_t first, second;
 };
@@ -179,16 +199,21 @@ SP_INLINE Columns columns_of(const uint16_t* inputs, int64_t t) {
 }
 SP_INLINE Columns columns_of(const int32_t* inputs, int64_t t) { return {inputs[2 * t], inputs[2 * t + 1]}; }
 
-// Calls sums(pairs, to) for every slice of block rows b0 .. b1 - 1: it writes what `rows` rows have for eight outputs.
-template <int kRows, typename Source, typename Sums>
-SP_INLINE void for_slices(const ProductArgs& args, const Source& source, int64_t row, int64_t rows, int64_t b0,
-                          int64_t b1, const Sums& sums) {
+// A column of `kBytes` of a panel.
+template <int kBytes, typename T>
+SP_INLINE const T* column_at(const T* panel, int64_t twice) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(panel) + twice * (kBytes / 2));
+}
+
+// Calls sums(s, to) for every slice of block rows b0 .. b1 - 1: it writes what `rows` rows have for eight outputs.
+template <int kRows, typename Sums>
+SP_INLINE void for_slices(const ProductArgs& args, int64_t row, int64_t rows, int64_t b0, int64_t b1,
+                          const Sums& sums) {
   const Epilogue<Bf16, float> epilogue(args);
   const Slices slices(args);
-  const Source own = source;  // known to be nobody else's
   Lines<kRows, Bf16> lines(epilogue, row, rows);
   for (int64_t s = b0 * slices.per_row; s < b1 * slices.per_row; ++s) {
-    sums(own.slice(s), lines.place(slices.output(s), slices.outputs(s)));
+    sums(s, lines.place(slices.output(s), slices.outputs(s)));
   }
   lines.flush();
 }
@@ -198,10 +223,10 @@ SP_INLINE void for_slices(const ProductArgs& args, const Source& source, int64_t
 // mask widen them; two pairs at a time. x: floats, 0 behind the last.
 template <typename Index>
 SP_INLINE void dot_row(const Pairs<Index>& pairs, const float* x, float* to) {
-  constexpr int kSets = 2;
-  __m512 first[kSets] = {}, second[kSets] = {};
+  __m512 first[2] = {}, second[2] = {};
   const auto two = [&](int64_t k, int64_t l) SP_ALWAYS_INLINE {
-    return _mm512_mask_broadcastss_ps(_mm512_broadcastss_ps(_mm_load_ss(x + k)), 0xff00, _mm_load_ss(x + l));
+    const auto one = [&](int64_t k) SP_ALWAYS_INLINE { return _mm_load_ss(column_at<4>(x, k)); };
+    return _mm512_mask_broadcastss_ps(_mm512_broadcastss_ps(one(k)), 0xff00, one(l));
   };
   const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
     __m512i bits = _mm512_load_si512(pairs.weights + 8 * t);
@@ -230,109 +255,187 @@ SP_INLINE void dot_row(const Pairs<Index>& pairs, const float* x, float* to) {
 }
 
 // --- panels ----------------------------------------------------------------------------------------------------------
-// A panel holds kRows rows of x in columns of kPitch words, in which the inputs stand so that unpacking two columns
-// makes the pairs, row(i) the row of word i. (A Zen 5 unpacks four registers a cycle, beside the dot products; any
-// other permutation, and a broadcast of more than a quadword, takes their place.)
-template <int kRows>
-struct Panel;
-template <>
-struct Panel<2> {
-  static constexpr int kPitch = 2;
-  static int row(int i) { return i; }
-};
-template <>
-struct Panel<4> {
-  static constexpr int kPitch = 4;
-  static int row(int i) { return i; }
-};
-template <>
-struct Panel<8> {  // low halves of the 128-bit parts: a row each, four times
-  static constexpr int kPitch = 32;
-  static int row(int i) { return i / 8 + i % 8 / 4 * 4; }
-};
-template <>
-struct Panel<16> {
-  static constexpr int kPitch = 16;
-  static int row(int i) { return i; }
-};
-template <>
-struct Panel<32> {  // after unpacking words, then dwords with themselves: two neighbours to a part, eight rows to a
-                    // vector
-  static constexpr int kPitch = 32;
-  static int row(int i) { return i / 8 * 2 + i % 2 + i % 8 / 2 * 8; }
-};
+// A panel of kRows rows of x is K-major, row(i) the row in place i of each column. With 32 rows, a column is a
+// register, and rows are placed so that unpacking makes the pairs: a Zen 5 unpacks four registers a cycle beside the
+// dot products, where other permutes take the place of some.
+SP_INLINE int row_as_it_is(int i) { return i; }
+SP_INLINE int row_to_unpack(int i) { return i / 8 * 2 + i % 2 + i % 8 / 2 * 8; }
 
 template <int kRows>
 void pack_panel_of(const Bf16* x, int64_t stride, int64_t rows, int64_t length, int64_t padded, Bf16* panel) {
-  pack_words<kRows, Panel<kRows>::kPitch>(&x->bits, stride, rows, length, padded, &panel->bits, Panel<kRows>::row);
+  pack_words<kRows>(&x->bits, stride, rows, length, padded, &panel->bits, kRows == 32 ? row_to_unpack : row_as_it_is);
 }
 
 // --- M in 2..8 -------------------------------------------------------------------------------------------------------
-// kWidth 2 or 4: a vector of sums has two rows of eight outputs. 8: four rows, in its 128-bit parts, of four outputs.
+// kWidth rows, 4 or 8, of a panel [K][kWidth], one pair at a time. With 4 rows, a vector of sums has two rows of eight
+// outputs; with 8, four rows, in its 128-bit parts, of four outputs. One permute makes the inputs of such rows.
 template <int kWidth>
-struct FewSums {
-  static constexpr int kParts = kWidth == 8 ? 2 : kWidth / 2;  // of the rows
-  static constexpr int kHalves = kWidth == 8 ? 2 : 1;          // of the outputs
-  static constexpr int kSets = 4;                              // chains of additions: the latency of the dot product
+struct SquareSums {
+  static constexpr int kParts = 2, kHalves = kWidth / 4;  // of the rows, of the outputs
 
-  const __m512i expand0 = words([](int lane, int half) { return 32 * half + lane / 8; });  // kWidth 2 and 4
-  const __m512i expand1 = words([](int lane, int half) { return 32 * half + 2 + lane / 8; });
+  __m512i expand[kParts], expand_block[kHalves];
 
-  // x[p]: pairs of rows 4 * p .. or 2 * p .., spread over the outputs.
-  SP_INLINE void inputs(const Bf16* panel, const Columns& k, __m512i* x) const {
-    const Bf16 *first = panel + k.first * Panel<kWidth>::kPitch, *second = panel + k.second * Panel<kWidth>::kPitch;
-    if constexpr (kWidth <= 4) {
-      const auto column = [](const Bf16* from) SP_ALWAYS_INLINE {
-        return _mm512_castsi128_si512(kWidth == 2 ? _mm_loadu_si32(from) : _mm_loadu_si64(from));
-      };
-      const __m512i a = column(first), b = column(second);
-      x[0] = _mm512_permutex2var_epi16(a, expand0, b);
-      if constexpr (kWidth == 4) x[1] = _mm512_permutex2var_epi16(a, expand1, b);
-    } else {
-      const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
-      x[0] = _mm512_unpacklo_epi16(a, b);
-      x[1] = _mm512_unpackhi_epi16(a, b);
+  SquareSums() {
+    for (int h = 0; h < kHalves; ++h) {
+      expand_block[h] =
+          words([&](int lane, int half) { return 8 * half + (kWidth == 8 ? 4 * h + lane % 4 : lane % 8); });
     }
+    for (int p = 0; p < kParts; ++p) {
+      expand[p] =
+          words([&](int lane, int half) { return 32 * half + (kWidth == 8 ? 4 * p + lane / 4 : 2 * p + lane / 8); });
+    }
+  }
+
+  SP_INLINE static __m512i column(const Bf16* panel, int64_t k) {
+    const Bf16* from = column_at<2 * kWidth>(panel, k);
+    if constexpr (kWidth == 4) return _mm512_castsi128_si512(_mm_loadu_si64(from));
+    return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+
+  // Weights of the outputs of half h, as often as there are rows in a part.
+  SP_INLINE static __m512i spread(const uint32_t* weights, int h) {
+    if constexpr (kWidth == 4) {
+      return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights)));
+    }
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights + 4 * h)));
   }
 
   template <typename Index>
   SP_INLINE void operator()(const Pairs<Index>& pairs, const Bf16* panel, float* to) const {
-    __m512 sum[kSets][kParts][kHalves] = {};
+    Sums sum = {};
     const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
-      const uint32_t* from = pairs.weights + 8 * t;
-      __m512i x[kParts], w[kHalves];
-      inputs(panel, columns_of(pairs.inputs, t), x);
-      SP_UNROLL for (int h = 0; h < kHalves; ++h) {
-        if constexpr (kHalves == 2) {
-          w[h] = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 4 * h)));
-        } else {
-          w[h] = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-        }
-      }
-      SP_UNROLL for (int p = 0; p < kParts; ++p) {
-        SP_UNROLL for (int h = 0; h < kHalves; ++h) sum[q][p][h] = dot(sum[q][p][h], x[p], w[h]);
-      }
+      const Columns k = columns_of(pairs.inputs, t);
+      __m512i w[kHalves];
+      SP_UNROLL for (int h = 0; h < kHalves; ++h) w[h] = spread(pairs.weights + 8 * t, h);
+      add_pair(column(panel, k.first), column(panel, k.second), w, sum[q]);
     };
     int64_t t = 0;
     for (; t + kSets <= pairs.count; t += kSets) {
       SP_UNROLL for (int q = 0; q < kSets; ++q) add(t + q, q);
     }
     for (; t < pairs.count; ++t) add(t, 0);
+    put(sum, to);
+  }
+
+  // The same of 8x1 blocks as they are in the lists.
+  template <typename L>
+  SP_INLINE void operator()(const L& lists, int64_t b, const Bf16* panel, float* to) const {
+    Sums sum = {};
+    const auto add = [&](int64_t e, int q) SP_ALWAYS_INLINE {
+      __m256i both;
+      if constexpr (L::kContiguous) {
+        both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lists.block(e)));
+      } else {
+        both = _mm256_inserti128_si256(_mm256_castsi128_si256(block(lists, e)), block(lists, e + 1), 1);
+      }
+      __m512i w[kHalves];
+      SP_UNROLL for (int h = 0; h < kHalves; ++h) w[h] = spread_block(both, h);
+      add_pair(column(panel, 2 * lists.input(e)), column(panel, 2 * lists.input(e + 1)), w, sum[q]);
+    };
+    int64_t e = lists.crow[b];
+    const int64_t end = lists.crow[b + 1];
+    for (; e + 2 * kSets <= end; e += 2 * kSets) {
+      SP_UNROLL for (int q = 0; q < kSets; ++q) add(e + 2 * q, q);
+    }
+    for (; e + 2 <= end; e += 2) add(e, 0);
+    if (e < end) {
+      __m512i w[kHalves];
+      SP_UNROLL for (int h = 0; h < kHalves; ++h) w[h] = spread_block(_mm256_zextsi128_si256(block(lists, e)), h);
+      add_pair(column(panel, 2 * lists.input(e)), _mm512_setzero_si512(), w, sum[0]);
+    }
+    put(sum, to);
+  }
+
+ private:
+  static constexpr int kSets = 4;  // chains of additions: the latency of the dot product
+  using Sums = __m512[kSets][kParts][kHalves];
+
+  template <typename L>
+  SP_INLINE static __m128i block(const L& lists, int64_t e) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(lists.block(e)));
+  }
+  SP_INLINE __m512i spread_block(__m256i both, int h) const {
+    return _mm512_permutexvar_epi16(expand_block[h], _mm512_castsi256_si512(both));
+  }
+
+  SP_INLINE void add_pair(__m512i first, __m512i second, const __m512i* w, __m512 (*sum)[kHalves]) const {
+    SP_UNROLL for (int p = 0; p < kParts; ++p) {
+      const __m512i x = _mm512_permutex2var_epi16(first, expand[p], second);
+      SP_UNROLL for (int h = 0; h < kHalves; ++h) sum[p][h] = dot(sum[p][h], x, w[h]);
+    }
+  }
+
+  SP_INLINE static void put(const Sums& sum, float* to) {
     SP_UNROLL for (int p = 0; p < kParts; ++p) {
       SP_UNROLL for (int h = 0; h < kHalves; ++h) {
-        SP_UNROLL for (int q = 1; q < kSets; ++q) sum[0][p][h] += sum[q][p][h];
-        const __m512 v = sum[0][p][h];
-        if constexpr (kHalves == 2) {
-          float* at = to + 4 * p * kLineStride + 4 * h;
+        const __m512 v = (sum[0][p][h] + sum[1][p][h]) + (sum[2][p][h] + sum[3][p][h]);
+        float* at = to + kWidth / 2 * p * kLineStride + 4 * h;
+        if constexpr (kWidth == 4) {
+          _mm256_storeu_ps(at, _mm512_castps512_ps256(v));
+          _mm256_storeu_ps(at + kLineStride, _mm512_extractf32x8_ps(v, 1));
+        } else {
           _mm_storeu_ps(at, _mm512_castps512_ps128(v));
           _mm_storeu_ps(at + kLineStride, _mm512_extractf32x4_ps(v, 1));
           _mm_storeu_ps(at + 2 * kLineStride, _mm512_extractf32x4_ps(v, 2));
           _mm_storeu_ps(at + 3 * kLineStride, _mm512_extractf32x4_ps(v, 3));
-        } else {
-          _mm256_storeu_ps(to + 2 * p * kLineStride, _mm512_castps512_ps256(v));
-          _mm256_storeu_ps(to + (2 * p + 1) * kLineStride, _mm512_extractf32x8_ps(v, 1));
         }
       }
+    }
+  }
+};
+
+// kRows rows, 2 to 5, of a panel [K][4 or 8]. A vector of sums belongs to one row, eight outputs for each of two pairs
+// at a time, whose weights so lie as they are needed. Four columns of the panel become the pairs of four rows, once in
+// each 128-bit part, by steps that a Zen 5 does four of in a cycle: broadcasts that need no permute, unpacking, and a
+// shuffle within the parts that spreads one row. (M = 4: 1.8 cycles a pair for 2.1. Processors that take two turns for
+// 512 bits lose by it, and so do more rows.)
+template <int kRows>
+struct RowSums {
+  static constexpr int kWidth = kRows <= 4 ? 4 : 8;
+
+  // Column k in the lower half, l in the upper.
+  SP_INLINE static __m512i columns(const Bf16* panel, int64_t k, int64_t l) {
+    const Bf16 *first = column_at<2 * kWidth>(panel, k), *second = column_at<2 * kWidth>(panel, l);
+    if constexpr (kWidth == 4) {
+      const auto four = [](const Bf16* from) SP_ALWAYS_INLINE {
+        return _mm512_broadcastsd_pd(_mm_load_sd(reinterpret_cast<const double*>(from)));
+      };
+      return _mm512_castpd_si512(_mm512_mask_mov_pd(four(first), 0xf0, four(second)));
+    } else {
+      const auto eight = [](const Bf16* from) SP_ALWAYS_INLINE {
+        return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+      };
+      return _mm512_inserti64x4(_mm512_castsi256_si512(eight(first)), eight(second), 1);
+    }
+  }
+
+  template <typename Index>
+  SP_INLINE void operator()(const Pairs<Index>& pairs, const Bf16* panel, float* to) const {
+    __m512 sum[2][kRows] = {};  // two chains of additions: the latency of the dot product
+    const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
+      const Columns k = columns_of(pairs.inputs, t), l = columns_of(pairs.inputs, t + 1);
+      const __m512i a = columns(panel, k.first, l.first), b = columns(panel, k.second, l.second);
+      const __m512i w = _mm512_load_si512(pairs.weights + 8 * t);
+      const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+      const auto row = [&](auto number) SP_ALWAYS_INLINE {
+        constexpr int kRow = decltype(number)::value;
+        if constexpr (kRow < kRows) {
+          const __m512i x = _mm512_shuffle_epi32(kRow < 4 ? low : high, static_cast<_MM_PERM_ENUM>(kRow % 4 * 0x55));
+          sum[q][kRow] = dot(sum[q][kRow], x, w);
+        }
+      };
+      row(Int<0>{}), row(Int<1>{}), row(Int<2>{}), row(Int<3>{});
+      row(Int<4>{}), row(Int<5>{}), row(Int<6>{}), row(Int<7>{});
+    };
+    int64_t t = 0;
+    for (; t + 2 < pairs.count; t += 4) {
+      add(t, 0);
+      add(t + 2, 1);
+    }
+    if (t < pairs.count) add(t, 0);
+    SP_UNROLL for (int i = 0; i < kRows; ++i) {
+      const __m512 v = sum[0][i] + sum[1][i];
+      _mm256_storeu_ps(to + i * kLineStride, _mm512_castps512_ps256(v) + _mm512_extractf32x8_ps(v, 1));
     }
   }
 };
@@ -350,7 +453,7 @@ struct PanelSums {
 
   // x[z]: pairs of rows 8 * z .., each twice.
   SP_INLINE void inputs(const Bf16* panel, const Columns& k, __m512i* x) const {
-    const Bf16 *first = panel + k.first * kWidth, *second = panel + k.second * kWidth;
+    const Bf16 *first = column_at<2 * kWidth>(panel, k.first), *second = column_at<2 * kWidth>(panel, k.second);
     if constexpr (kZ == 2) {
       const __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
       const __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
@@ -456,10 +559,11 @@ SP_INLINE void start_from(const Bf16* bias, int64_t live, __m512* start) {
   }
 }
 
-// For R % 8 == 0 and no residual, which is added before the rounding. Finished outputs are kept as bf16 until eight
-// cache lines of each row are there: with N a multiple of 2048 all rows of y share one set of the first cache, and a
-// line that is written alone waits 15 cycles for the second cache (Zen 5); of eight neighbours, eight rows at a time,
-// each takes two. They are written in parts between the slices of the next outputs, beside their dot products.
+// For R % 8 == 0 and y of bf16 without a residual, which is added before the rounding. Finished outputs are kept as
+// bf16 until eight cache lines of each row are there: with N a multiple of 2048 all rows of y share one set of the
+// first cache, and a line that is written alone waits 15 cycles for the second cache (Zen 5); of eight neighbours,
+// eight rows at a time, each takes two. They are written in parts between the slices of the next outputs, beside their
+// dot products.
 template <int kZ, typename Source>
 void dot_panel_plain(const ProductArgs& args, const Source& source, const Bf16* panel, int64_t row, int64_t rows,
                      int64_t s0, int64_t s1) {
@@ -525,9 +629,9 @@ void dot_panel(const ProductArgs& args, const Source& source, const Bf16* panel,
   }
   const PanelSums<kZ> sums;
   const __m512 zero[4] = {};
-  for_slices<8 * kZ>(args, source, row, rows, b0, b1, [&](const auto& pairs, float* to) SP_ALWAYS_INLINE {
+  for_slices<8 * kZ>(args, row, rows, b0, b1, [&](int64_t s, float* to) SP_ALWAYS_INLINE {
     __m512 sum[kZ][4];
-    sums(pairs, panel, zero, sum);
+    sums(source.slice(s), panel, zero, sum);
     for (int z = 0; z < kZ; ++z) put_square(sum[z], to + 8 * z * kLineStride);
   });
 }

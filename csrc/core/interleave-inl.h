@@ -86,33 +86,25 @@ SP_INLINE __m512i words(const F& index) {
   return v;
 }
 
-// A panel of words: column j is the kPitch words panel[j * kPitch] .., of which word i is x[row(i) * stride + j], or
-// zero if there is no such row; j < length. Zero for length <= j < padded. kRows rows of x, a power of two of at most
-// 32, each as often as `row` says. By `interleave` in whole registers, 32 columns of up to 16 rows at a time.
-template <int kRows, int kPitch, typename Row>
+// panel[j * kWidth + i] = x[row(i) * stride + j], or zero if there is no such row; j < length. Zero for length <= j <
+// padded. By `interleave` in whole registers, 32 columns of up to 16 rows at a time.
+template <int kWidth, typename Row>
 void pack_words(const uint16_t* x, int64_t stride, int64_t rows, int64_t length, int64_t padded, uint16_t* panel,
                 const Row& row) {
-  static_assert(kPitch == kRows || kPitch == 32, "columns are copied, or spread over a register");
-  constexpr int kTile = kRows < 16 ? kRows : 16, kColumns = 32 / kTile;  // columns of them in a register
+  constexpr int kTile = kWidth < 16 ? kWidth : 16, kColumns = 32 / kTile;  // columns of them in a register
   const __m512i low = words([](int lane, int half) { return 32 * half + lane; });
   const __m512i high = words([](int lane, int half) { return 32 * half + 16 + lane; });
-  __m512i spread[kColumns] = {};
-  if constexpr (kPitch > kRows) {
-    for (int c = 0; c < kColumns; ++c) {
-      spread[c] = words([&](int lane, int half) { return c * kTile + row(2 * lane + half); });
-    }
-  }
   static const uint16_t zeros[32] = {};
-  const uint16_t* from[kRows];
-  int64_t step[kRows];
-  for (int i = 0; i < kRows; ++i) {
-    const int q = kPitch > kRows ? i : row(i);
+  const uint16_t* from[kWidth];
+  int64_t step[kWidth];
+  for (int i = 0; i < kWidth; ++i) {
+    const int q = row(i);
     from[i] = q < rows ? x + q * stride : zeros;
     step[i] = q < rows ? 32 : 0;
   }
   // The next columns, `live` of them, to `to`.
   const auto columns = [&](__mmask32 live, uint16_t* to) SP_ALWAYS_INLINE {
-    for (int64_t i = 0; i < kRows; i += kTile) {
+    for (int64_t i = 0; i < kWidth; i += kTile) {
       __m512i tile[kTile];
       SP_UNROLL for (int q = 0; q < kTile; ++q) {
         tile[q] = _mm512_maskz_loadu_epi16(live, from[i + q]);
@@ -127,28 +119,24 @@ void pack_words(const uint16_t* x, int64_t stride, int64_t rows, int64_t length,
         SP_UNROLL for (int q = 0; q < kTile; ++q) tile[q] = next[q];
       }
       SP_UNROLL for (int q = 0; q < kTile; ++q) {
-        if constexpr (kPitch > kRows) {
-          SP_UNROLL for (int c = 0; c < kColumns; ++c) {
-            _mm512_storeu_si512(to + (q * kColumns + c) * kPitch, _mm512_permutexvar_epi16(spread[c], tile[q]));
-          }
-        } else if constexpr (kTile == kRows) {
+        if constexpr (kTile == kWidth) {
           _mm512_storeu_si512(to + q * 32, tile[q]);
         } else {
-          uint16_t* at = to + q * kColumns * kPitch + i;
+          uint16_t* at = to + q * kColumns * kWidth + i;
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_castsi512_si256(tile[q]));
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + kPitch), _mm512_extracti64x4_epi64(tile[q], 1));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + kWidth), _mm512_extracti64x4_epi64(tile[q], 1));
         }
       }
     }
   };
   int64_t j = 0;
-  for (; j + 32 <= length; j += 32) columns(0xffffffff, panel + j * kPitch);
+  for (; j + 32 <= length; j += 32) columns(0xffffffff, panel + j * kWidth);
   if (j < length) {
-    alignas(64) uint16_t last[32 * kPitch];
+    alignas(64) uint16_t last[32 * kWidth];
     columns(0xffffffff >> (32 - (length - j)), last);
-    memcpy(panel + j * kPitch, last, static_cast<size_t>((length - j) * kPitch) * sizeof *panel);
+    memcpy(panel + j * kWidth, last, static_cast<size_t>((length - j) * kWidth) * sizeof *panel);
   }
-  memset(panel + length * kPitch, 0, static_cast<size_t>((padded - length) * kPitch) * sizeof *panel);
+  memset(panel + length * kWidth, 0, static_cast<size_t>((padded - length) * kWidth) * sizeof *panel);
 }
 #endif
 

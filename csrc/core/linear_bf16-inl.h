@@ -5,8 +5,9 @@
 // Maths  products of bf16 exact, sums float, y rounded once to nearest even. With vdpbf16ps denormal operands, sums and
 //        results count as zero
 // Limits any R, C, M >= 0, N, K. Fast for R % 8 == 0, tuned for 8x1
-// Cost   dot_bf16-inl.h where the instruction set has vdpbf16ps, else widen-inl.h: M = 1 bound by memory, the speed of
-//        fp32 above
+// Cost   dot_bf16-inl.h where the instruction set has vdpbf16ps: near the rate of its dot products from M = 16 on, if
+// the
+//        weight is arranged (types.h). Else widen-inl.h: M = 1 bound by memory, the speed of fp32 above
 #pragma once
 
 #include "core/dot_bf16-inl.h"
@@ -65,14 +66,34 @@ struct LinearBf16 {
   }
 
 #if defined(SP_DOT_BF16)
-  template <int kRows, typename Source>
-  int64_t few(const Source& source, int64_t m) const {
-    const int64_t taken = m1 - m < kRows ? m1 - m : kRows;
-    const Bf16* panel = pack<kRows>(m, taken);
-    const FewSums<kRows> sums;
-    for_slices<kRows>(args, source, m, taken, l0, l1,
-                      [&](const auto& pairs, float* to) SP_ALWAYS_INLINE { sums(pairs, panel, to); });
+  // `taken` rows, at most kWidth, by Sums.
+  template <int kWidth, typename Sums, typename Source>
+  int64_t few(const Source& source, int64_t m, int64_t taken) const {
+    const Sums sums;
+    const Bf16* panel = pack<kWidth>(m, taken);
+    if constexpr (Source::kEightByOne) {
+      for_slices<kWidth>(args, m, taken, l0, l1,
+                         [&](int64_t s, float* to) SP_ALWAYS_INLINE { sums(source.lists, s, panel, to); });
+    } else {
+      const Source own = source;  // known to be nobody else's
+      for_slices<kWidth>(args, m, taken, l0, l1,
+                         [&](int64_t s, float* to) SP_ALWAYS_INLINE { sums(own.slice(s), panel, to); });
+    }
     return taken;
+  }
+
+  // The next rows, at most eight.
+  template <typename Source>
+  int64_t few_of(const Source& source, int64_t m, int64_t rows) const {
+    if constexpr (Source::kMade) {
+      if (wide_datapath) {
+        if (rows == 2) return few<4, RowSums<2>>(source, m, rows);
+        if (rows == 3) return few<4, RowSums<3>>(source, m, rows);
+        if (rows == 4) return few<4, RowSums<4>>(source, m, rows);
+        if (rows == 5) return few<8, RowSums<5>>(source, m, rows);
+      }
+    }
+    return rows <= 4 ? few<4, SquareSums<4>>(source, m, rows) : few<8, SquareSums<8>>(source, m, rows);
   }
 
   template <int kZ, typename Source>
@@ -88,15 +109,12 @@ struct LinearBf16 {
       const int64_t left = m1 - m;
       if (left == 1) {
         widen_row(m);
-        for_slices<1>(args, source, m, 1, l0, l1,
-                      [&](const auto& pairs, float* to) SP_ALWAYS_INLINE { dot_row(pairs, scratch, to); });
+        const Source own = source;
+        for_slices<1>(args, m, 1, l0, l1,
+                      [&](int64_t s, float* to) SP_ALWAYS_INLINE { dot_row(own.slice(s), scratch, to); });
         m += 1;
-      } else if (left == 2) {
-        m += few<2>(source, m);
-      } else if (left <= 4) {
-        m += few<4>(source, m);
       } else if (left <= 8) {
-        m += few<8>(source, m);
+        m += few_of(source, m, left);
       } else if (left <= 16) {
         m += many<2>(source, m);
       } else if (left <= 24) {
@@ -113,8 +131,11 @@ struct LinearBf16 {
       if (m1 - m0 == 1) {  // blocks as they are: one row does not pay for making pairs
         widen_row(m0);
         widened_gemv<false>(lists, Epilogue<Bf16, float>(args), scratch, m0, 1.0f, l0, l1);
+      } else if (padded() <= kNarrowInputs) {
+        rows(buffered_pairs<uint16_t>(args, lists, buffer()));
       } else {
-        rows(BufferedPairs(args, lists, buffer()));
+        const Lists<Bf16, false, false> any(args);
+        rows(buffered_pairs<int32_t>(args, any, buffer()));
       }
     });
   }

@@ -10,9 +10,8 @@
 namespace sp {
 namespace {
 
-constexpr int kCollected = 32;  // outputs collected
-constexpr int kLineStride =
-    48;  // floats from a row of a tile to the next: room for what is stored past the last output
+constexpr int kCollected = 32;   // outputs
+constexpr int kLineStride = 48;  // floats from row to row of a tile: room for what is stored past the last output
 
 // Outputs n .. n + count - 1, count <= kCollected, of `rows` rows from tile[i * kLineStride]. Out of line, for all
 // kernels.
@@ -47,8 +46,8 @@ __attribute__((noinline)) void put_lines_of(const Epilogue<Y, float>& epilogue, 
       }
       const int64_t at = (row + i) * epilogue.out + n;
       if (epilogue.wide) {
-        SP_UNROLL for (int p = 0; p < kParts; ++p)
-            store<kV>(reinterpret_cast<float*>(epilogue.y) + at + p * kV, part[p]);
+        float* y = reinterpret_cast<float*>(epilogue.y) + at;
+        SP_UNROLL for (int p = 0; p < kParts; ++p) store<kV>(y + p * kV, part[p]);
       } else {
         write(epilogue.y + at, part);
       }
