@@ -6,8 +6,8 @@
 // its outputs. What is missing of the last step of such a stretch repeats a column with weights of zero.
 // Layout see Arranged. Maths exact int32 sums, as dot_i8-inl.h; a slice's sum starts at -128 times that of its weights
 // Limits R % 4 == 0, K <= kArrangedColumns; any C, ids, pos: looked up when arranging
-// Cost   per step of 64 weights and M = 1 .. 3: four loads and more, 1 + M cycles; M = 4 .. 8: eight loads of M inputs
-//        and a permute and a dot product per row, 5 to 6 cycles; above, by 16 or 32 rows: the dot products, 8 or 16
+// Cost   cycles of a Zen 5 per step: M = 1 .. 3: 1 + M and more, loads; M = 4 .. 8: 6 to 9, permutes; 16 rows: 11, 32
+//        rows: 17 (the dot products alone take 16). Some 20 a slice besides; 3 for 16 outputs of a row of y
 #pragma once
 
 #include "core/dot_i8-inl.h"
@@ -314,30 +314,32 @@ class ArrangedI8 {
     const int64_t live = args_.out - n < count ? args_.out - n : count;
     const Epilogue<float, float> e = epilogue_;  // a copy: y might else change it, for all the compiler knows
     const float *scale = e.scale + n, *bias = e.bias == nullptr ? nullptr : e.bias + n;
-    const bool plain = e.initial == nullptr && e.residual == nullptr && e.activation == Activation::kNone;
-    for (int64_t i = 0; i < rows; ++i, run += kRunStride) {
-      const __m512 factor = _mm512_set1_ps(factors_[i]);
-      const auto scaled = [&](int64_t j, __m512 by) SP_ALWAYS_INLINE {
-        return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(run + j)), factor), by);
-      };
-      const int64_t cell = (row + i) * e.out + n;
-      int64_t j = 0;
-      if (plain) {
-        float* y = e.y + cell;
-        if (bias == nullptr) {
-          for (; j + 16 <= live; j += 16) _mm512_storeu_ps(y + j, scaled(j, _mm512_loadu_ps(scale + j)));
-        } else {
-          for (; j + 16 <= live; j += 16) {
-            const __m512 v = scaled(j, _mm512_loadu_ps(scale + j));
-            _mm512_storeu_ps(y + j, _mm512_add_ps(v, _mm512_loadu_ps(bias + j)));
-          }
+    const auto scaled = [&](int64_t i, int64_t j) SP_ALWAYS_INLINE {
+      const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(run + i * kRunStride + j));
+      return _mm512_mul_ps(sum, _mm512_set1_ps(factors_[i]));
+    };
+    if (live == kRun && e.initial == nullptr && e.residual == nullptr && e.activation == Activation::kNone) {
+      constexpr int kLines = kRun / 16;
+      __m512 by[kLines], more[kLines];
+      SP_UNROLL for (int q = 0; q < kLines; ++q) {
+        by[q] = _mm512_loadu_ps(scale + 16 * q);
+        more[q] = bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(bias + 16 * q);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        float* y = e.y + (row + i) * e.out + n;
+        SP_UNROLL for (int q = 0; q < kLines; ++q) {
+          _mm512_storeu_ps(y + 16 * q, _mm512_add_ps(_mm512_mul_ps(scaled(i, 16 * q), by[q]), more[q]));
         }
       }
-      for (; j < live; j += 16) {
+      return;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t cell = (row + i) * e.out + n;
+      for (int64_t j = 0; j < live; j += 16) {
         const __mmask16 there = static_cast<__mmask16>(live - j < 16 ? (1 << (live - j)) - 1 : 0xffff);
         const auto take = [&](const float* from)
                               SP_ALWAYS_INLINE { return (Vec<float, 16>)_mm512_maskz_loadu_ps(there, from + j); };
-        Vec<float, 16> v = scaled(j, (__m512)take(scale));
+        Vec<float, 16> v = (Vec<float, 16>)scaled(i, j) * take(scale);
         if (e.initial != nullptr) v += take(e.initial + cell);
         if (bias != nullptr) v += take(bias);
         if (e.activation != Activation::kNone) v = activate<float, 16>(v, e.activation);

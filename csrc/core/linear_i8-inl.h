@@ -8,7 +8,8 @@
 //        y = float(exact sum of q * w) * (peak / 127) * scale. A row with peak < 2^-119 counts as zero; a row with a
 //        NaN or an infinity gives NaN everywhere. The sums are exact, so every instruction set has the same
 // Limits any R, C, M >= 0, N, K. Fast for R % 8 == 0
-// Cost   quantised: dot_i8-inl.h where the instruction set has vpdpbusd; all else: widen-inl.h, the speed of fp32
+// Cost   quantised, where the instruction set has vpdpbusd: arranged_i8-inl.h if the weight was arranged, else
+//        dot_i8-inl.h; all else: widen-inl.h, the speed of fp32
 #pragma once
 
 #include "core/arranged_i8-inl.h"
@@ -253,10 +254,15 @@ struct LinearI8 {
     for (int64_t m = m0, taken; m < m1; m += taken) {
       const int64_t left = m1 - m;
       taken = left > 24 ? (left < 32 ? left : 32) : left > 16 ? 16 : left;
-      for (int64_t i = 0; i < taken; ++i) {
-        const RowScale row = scale_of(peak_bits(x_row(m + i), args.in));
-        factors[i] = row.factor;
-        quantise_row(x_row(m + i), args.in, row.inverse, x + i * stride);
+      for (int64_t i = 0; i < taken; i += 2) {  // two rows at a time: while one waits for its peak, the other is read
+        const int64_t end = i + 2 < taken ? i + 2 : taken;
+        float inverse[2];
+        for (int64_t j = i; j < end; ++j) {
+          const RowScale row = scale_of(peak_bits(x_row(m + j), args.in));
+          inverse[j - i] = row.inverse;
+          factors[j] = row.factor;
+        }
+        for (int64_t j = i; j < end; ++j) quantise_row(x_row(m + j), args.in, inverse[j - i], x + j * stride);
       }
       const auto lookup = [&](auto rows) { product.by_lookup<kS, decltype(rows)::value>(x, stride, m, s0, s1); };
       const auto columns = [&](auto rows) {

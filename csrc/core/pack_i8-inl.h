@@ -2,7 +2,7 @@
 //
 // The rule is in linear_i8-inl.h: q = x * (127 / peak), rounded; held as q + 128, since vpdpbusd multiplies unsigned
 // with signed.
-// Cost   two passes over each row, the second from L1, then a transposition of bytes: a quarter of a cycle per element
+// Cost   two passes over each row, the second from L1, then a transposition of bytes: a fifth of a cycle per element
 #pragma once
 
 #include "core/simd-inl.h"
