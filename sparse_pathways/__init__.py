@@ -3,7 +3,7 @@
 from sparse_pathways.checks import BackendUnavailable, FormatError
 from sparse_pathways.environment import env
 from sparse_pathways.layout import BlockLayout, PackedWeight
-from sparse_pathways.mask import block_scores, expand_mask, topk_mask
+from sparse_pathways.mask import Constant, Cubic, Milestones, block_scores, expand_mask, topk_mask
 from sparse_pathways.nn import (
     PackedLayerNormLSTM,
     PackedLinear,
@@ -27,22 +27,42 @@ from sparse_pathways.nn import (
     unpack_,
 )
 from sparse_pathways.ops import masked_linear, sparse_linear, sparse_lstm_cell
-from sparse_pathways.prune import PruneEvent, Pruner, PruningPlan, methods
+from sparse_pathways.prune import (
+    GIVEN,
+    Gradient,
+    Magnitude,
+    Phase,
+    PruneEvent,
+    Pruner,
+    PruningPlan,
+    begin_phase_,
+    methods,
+    phase_keys,
+    run_phases,
+)
 
 __all__ = [
+    "GIVEN",
     "BackendUnavailable",
     "BlockLayout",
+    "Constant",
+    "Cubic",
     "FormatError",
+    "Gradient",
+    "Magnitude",
+    "Milestones",
     "PackedLSTM",
     "PackedLayerNormLSTM",
     "PackedLinear",
     "PackedWeight",
+    "Phase",
     "PruneEvent",
     "Pruner",
     "PruningPlan",
     "Recommendation",
     "SparseLSTM",
     "SparseLinear",
+    "begin_phase_",
     "block_scores",
     "density",
     "env",
@@ -56,7 +76,9 @@ __all__ = [
     "pack_",
     "pathway",
     "pathways",
+    "phase_keys",
     "recommend",
+    "run_phases",
     "save_packed",
     "set_pathway",
     "sparse_layers",

@@ -6,6 +6,7 @@ docstrings.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 LANGUAGES = ("en", "fr", "it", "nl")
 
@@ -246,6 +247,7 @@ class PruneConfig(RunConfig):
         block: Outputs by inputs of a block; must be that of the start model if it is pruned already.
         interval: Steps (with a mask per language: of that language) between two decisions; None: from steps.
         freeze: Step after which the masks stay; None: after 70 % of the steps.
+        options: Further arguments of the method in sp.methods, such as {"dense_grad": false} or {"levels": 6}.
     """
 
     start: Path
@@ -258,6 +260,7 @@ class PruneConfig(RunConfig):
     block: tuple[int, int] = (8, 1)
     interval: int | None = None
     freeze: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,9 +34,18 @@ from .loss import transducer_loss
 from .model import Recogniser
 
 LOG = "log.jsonl"
+DESCRIPTION = "config.json"
 LOG_EVERY = 20  # steps
 _AGREE_EVERY = 4  # steps between two questions to all processes whether one was asked to stop
 _MAY_DIFFER = {"out", "threads", "eval_every", "checkpoint_every", "progress"}  # between sittings of one run
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What kind of run a folder holds: its configuration, its phase, the number of processes."""
+    try:
+        return json.loads((Path(folder) / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise sp.FormatError(Path(folder) / DESCRIPTION, f"is no description of a run: {error}") from error
 
 
 class Run:
@@ -44,6 +53,7 @@ class Run:
 
     Args:
         config: Of a training or pruning run.
+        phase: What a pruning run does.
 
     Attributes:
         checkpoint: Content of the run's checkpoint, None at the beginning.
@@ -55,7 +65,7 @@ class Run:
         sp.FormatError: the checkpoint is damaged.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, phase: sp.Phase | None = None) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
@@ -74,6 +84,7 @@ class Run:
             "kind": type(config).__name__,
             "processes": self._accelerator.num_processes,
             **json.loads(described),
+            **({} if phase is None else {"phase": phase.to_dict()}),
         }
         if self.checkpoint is not None:
             self._check_same_run(self.checkpoint["run"])
@@ -84,7 +95,7 @@ class Run:
         )
         if self._accelerator.is_main_process and not self.finished:
             Path(config.out).mkdir(parents=True, exist_ok=True)
-            (Path(config.out) / "config.json").write_text(json.dumps(self._described, indent=2) + "\n")
+            (Path(config.out) / DESCRIPTION).write_text(json.dumps(self._described, indent=2) + "\n")
 
     def _check_same_run(self, earlier: dict[str, Any]) -> None:
         names = (earlier.keys() | self._described.keys()) - _MAY_DIFFER
@@ -158,7 +169,7 @@ class _Fit:
         utterances = [
             utterance
             for utterance in read_manifest(self.config.data)
-            if utterance.split == "dev" and utterance.language in self.model.languages
+            if utterance.split == "dev" and utterance.language in self.corpus.languages
         ]
         device = self.accelerator.device
         return [replace(example, features=example.features.to(device)) for example in load_examples(utterances)]

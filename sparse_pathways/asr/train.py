@@ -3,21 +3,27 @@
 Given the same configuration again, a run goes on from its last checkpoint; a finished one is left as it is.
 """
 
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sparse_pathways as sp
 
-from .checkpoint import load_model, restore_model
+from .checkpoint import CHECKPOINT, MODEL, load_model, read, restore_model, write
 from .config import PruneConfig, RunConfig, TrainConfig
-from .loop import Run
+from .loop import Run, read_description
 from .model import Recogniser, new, prunable
 from .text import Tokenizer
 
-__all__ = ["load_model", "prune", "pruning_plan", "train"]
+PHASES = "phases.json"
+
+__all__ = ["load_model", "prune", "prune_phase", "pruning_method", "train"]
 
 
 def train(config: TrainConfig) -> Path:
@@ -52,39 +58,97 @@ def prune(config: PruneConfig) -> Path:
         sp.FormatError: the start model, the corpus or the checkpoint is missing or damaged.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
-    run = Run(config)
+    if (config.out / MODEL).is_file() and (config.out / PHASES).is_file():
+        return config.out
+    if (Path(config.out) / CHECKPOINT).is_file():  # of a method of one phase: it needs its start no more
+        phase = sp.Phase.from_dict(read_description(config.out)["phase"])
+        return prune_phase(config, phase, {})
+    model = load_model(config.start)
+    method = pruning_method(config, model.languages, _ensure_pathways(model, config))
+    if isinstance(method, sp.PruningPlan):
+        return prune_phase(config, sp.Phase(name="prune", plan=method, steps=config.steps), {sp.GIVEN: config.start})
+    return _prune_in_phases(config, method)
+
+
+def _prune_in_phases(config: PruneConfig, phases: Sequence[sp.Phase]) -> Path:
+    """Every phase in a folder of its own within `config.out`; the model of the last one is the run's."""
+    folders = {sp.GIVEN: Path(config.start)}
+    for phase in phases:
+        folders[phase.name] = Path(config.out) / phase.name
+        prune_phase(replace(config, out=folders[phase.name], steps=phase.steps), phase, folders)
+    content = read(folders[phases[-1].name] / MODEL)
+    write(Path(config.out) / MODEL, {name: value for name, value in content.items() if name != "format"})
+    (Path(config.out) / PHASES).write_text(json.dumps([phase.to_dict() for phase in phases], indent=1) + "\n")
+    return config.out
+
+
+def prune_phase(config: PruneConfig, phase: sp.Phase, models: Mapping[str, Path]) -> Path:
+    """Train one phase of a method, on the languages of its plan; returns the run folder, `config.out`.
+
+    Args:
+        config: of the run; its method, score, sparsity, interval and freeze are not read, the phase has a plan.
+        phase: what to do, for `phase.steps` = `config.steps` steps.
+        models: run folder of every phase that this one needs, and of the "given" model, dense or pruned.
+
+    Raises:
+        As `prune`.
+    """
+    run = Run(config, phase)
     if run.finished:
         return config.out
     if run.checkpoint is not None:
         model = restore_model(run.checkpoint["model"], run.checkpoint_path)
         plan = sp.PruningPlan.from_dict(run.checkpoint["pruner"]["plan"])
     else:
-        model = load_model(config.start)
-        plan = pruning_plan(config, model.languages, _ensure_pathways(model, config))
+        model = load_model(models[sp.GIVEN])
+        _ensure_pathways(model, config)
+        given = {name: value.clone() for name, value in model.state_dict().items()}
+
+        def state_of(name: str) -> Mapping[str, Tensor]:
+            return given if name == sp.GIVEN else load_model(models[name]).state_dict()
+
+        def pathways_of(name: str) -> Sequence[str]:
+            return read_description(models[name])["phase"]["plan"]["pathways"] or model.languages
+
+        plan = sp.begin_phase_(model, phase, state_of, pathways_of)
     model.to(run.device)
     optimizer = _adamw(model, config)
-    return run.fit(model, optimizer, run.load_corpus(model.languages), sp.Pruner(model, plan, optimizer))
+    return run.fit(
+        model, optimizer, run.load_corpus(plan.pathways or model.languages), sp.Pruner(model, plan, optimizer)
+    )
 
 
-def pruning_plan(config: PruneConfig, languages: tuple[str, ...], start: float) -> Any:
-    """The plan of the method that `config` names, for a model whose sparsity is `start` now.
+def pruning_method(
+    config: PruneConfig, languages: tuple[str, ...], start: float
+) -> sp.PruningPlan | tuple[sp.Phase, ...]:
+    """The plan or phases of the method that `config` names, for a model whose sparsity is `start` now.
 
     Raises:
         ValueError: see `prune`.
     """
-    if config.method not in sp.methods.__all__:
-        raise ValueError(f"method = {config.method!r}; want one of {', '.join(sp.methods.__all__)}")
+    if config.method not in sp.methods.__all__ or config.method == "joint":
+        known = ", ".join(name for name in sp.methods.__all__ if name != "joint")
+        raise ValueError(f"method = {config.method!r}; want one of {known}")
+    method = getattr(sp.methods, config.method)
+    accepted = inspect.signature(method).parameters
     if config.method == "asr_pathways":  # fixed masks: nothing to schedule
-        return sp.methods.asr_pathways(languages, config.sparsity)
+        return method(languages, config.sparsity)
     if config.sparsity < start:
         raise ValueError(
             f"sparsity = {config.sparsity}, but the start model is at {start:.2f} already; want that or more"
         )
-    choices: dict[str, Any] = {"steps": config.steps, "start": start}
-    choices |= {
-        name: getattr(config, name) for name in ("score", "interval", "freeze") if getattr(config, name) is not None
-    }
-    return getattr(sp.methods, config.method)(languages, config.sparsity, **choices)
+    choices: dict[str, Any] = {"steps": config.steps}
+    if "start" in accepted:
+        choices["start"] = start
+    for name in ("score", "interval", "freeze"):
+        if getattr(config, name) is not None:
+            choices[name] = getattr(config, name)
+    for name in choices | config.options:
+        if name not in accepted and config.method != "lsp":
+            raise ValueError(
+                f"{name} is no argument of method {config.method!r}; it takes {', '.join([*accepted][2:])}"
+            )
+    return method(languages, config.sparsity, **choices | config.options)
 
 
 def _ensure_pathways(model: Recogniser, config: PruneConfig) -> float:

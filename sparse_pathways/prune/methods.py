@@ -21,10 +21,11 @@ from typing import Any
 
 from sparse_pathways.checks import check_names, check_sparsity
 from sparse_pathways.mask import Constant, Cubic, Schedule
+from sparse_pathways.prune.phases import GIVEN, Phase, joint
 from sparse_pathways.prune.plan import PruningPlan
-from sparse_pathways.prune.scores import Score, as_score
+from sparse_pathways.prune.scores import Magnitude, Score, as_score
 
-__all__ = ["adaptive", "asr_pathways", "dynamic_asr_pathways", "gradual", "lap"]
+__all__ = ["adaptive", "asr_pathways", "dynamic_asr_pathways", "gradual", "imp", "joint", "lap", "lsp", "lth"]
 
 
 def gradual(
@@ -109,6 +110,106 @@ def lap(
     )
 
 
+def imp(
+    pathways: Iterable[str] | None = None,
+    sparsity: float = 0.7,
+    *,
+    steps: int,
+    levels: int = 4,
+    last: float = 0.5,
+    norm: str = "l2",
+    prefix: str = "imp",
+) -> tuple[Phase, ...]:
+    """Iterative magnitude pruning: prune the smallest kept blocks, re-train with the mask fixed, `levels` times.
+
+    Source: Dynamic ASR Pathways, iterative magnitude pruning (after arXiv 1506.02626). Every level removes the same
+    share of what is left: at 70 % and 6 levels about 18 %.
+
+    Args:
+        pathways: one mask for all of them (language-agnostic); one name: a monolingual model.
+        sparsity: share of blocks removed at the end, per layer.
+        steps: optimiser steps of all rounds together.
+        levels: rounds.
+        last: share of the steps that the last round, at the final sparsity, gets; the others share the rest.
+        norm: of a block, what it is ranked by.
+        prefix: of the phases' names.
+    """
+    names = _names(pathways)
+    shares = _round_steps(steps, levels, last)
+    phases: list[Phase] = []
+    for level, share in enumerate(shares, 1):
+        plan = _fixed(names, 1.0 - (1.0 - sparsity) ** (level / levels) if level < levels else sparsity, norm)
+        start = phases[-1].name if phases else GIVEN
+        phases.append(Phase(name=f"{prefix}-{level}", plan=plan, steps=share, start=start))
+    return tuple(phases)
+
+
+def lth(
+    pathways: Iterable[str] | None = None,
+    sparsity: float = 0.7,
+    *,
+    steps: int,
+    levels: int = 4,
+    last: float = 0.5,
+    rewind_steps: int = 0,
+    norm: str = "l2",
+    prefix: str = "lth",
+) -> tuple[Phase, ...]:
+    """Lottery ticket: as `imp`, but before each re-training the kept weights go back to where they began.
+
+    Source: Dynamic ASR Pathways, lottery ticket hypothesis with rewinding (after arXiv 1803.03635; rewinding to an
+    early point: 1912.05671). The first round trains dense; level k prunes what round k - 1 left.
+
+    Args:
+        pathways, sparsity, levels, last, norm, prefix: as for `imp`.
+        steps: optimiser steps of all rounds together, that of the dense one included.
+        rewind_steps: 0: weights go back to the model as given; else to that model after so many dense steps, which
+            come on top of `steps`.
+    """
+    names = _names(pathways)
+    shares = _round_steps(steps, levels + 1, last)
+    phases: list[Phase] = []
+    point = GIVEN
+    if rewind_steps:
+        point = f"{prefix}-point"
+        phases.append(Phase(name=point, plan=_fixed(names, 0.0, norm), steps=rewind_steps))
+    for level, share in enumerate(shares):
+        target = sparsity if level == levels else 1.0 - (1.0 - sparsity) ** (level / levels)
+        earlier = phases[-1].name if level else point
+        rewind = point if level else None
+        plan = _fixed(names, target, norm)
+        phases.append(Phase(name=f"{prefix}-{level}", plan=plan, steps=share, start=earlier, rewind=rewind))
+    return tuple(phases)
+
+
+def lsp(
+    pathways: Iterable[str], sparsity: float = 0.7, *, steps: int, source: str = "gradual", **settings: Any
+) -> tuple[Phase, ...]:
+    """Language-specific pruning: one monolingual pruning run per pathway, all from the model as given.
+
+    Source: Learning ASR Pathways and Dynamic ASR Pathways, language-specific pruning. Ends in one model per pathway;
+    `joint(lsp(...), asr_pathways(...), steps)` trains their masks in one model.
+
+    Args:
+        pathways: names.
+        sparsity: share of blocks removed at the end, per layer.
+        steps: optimiser steps per pathway.
+        source: "gradual", "imp", "lth" or "adaptive": how each mask is made.
+        settings: of that method.
+    """
+    phases: list[Phase] = []
+    for name in check_names(pathways):
+        if source in ("imp", "lth"):
+            rounds = {"imp": imp, "lth": lth}[source]
+            phases += rounds((name,), sparsity, steps=steps, prefix=f"{source}-{name}", **settings)
+        elif source in ("gradual", "adaptive"):
+            plan = {"gradual": gradual, "adaptive": adaptive}[source]((name,), sparsity, steps=steps, **settings)
+            phases.append(Phase(name=f"{source}-{name}", plan=plan, steps=steps))
+        else:
+            raise ValueError(f"source = {source!r}; choose one of gradual, imp, lth, adaptive")
+    return tuple(phases)
+
+
 def asr_pathways(pathways: Iterable[str] | None = None, sparsity: float = 0.7) -> PruningPlan:
     """ASR Pathways: the masks that the model already has, fixed; joint training, each batch updates its own pathway.
 
@@ -158,6 +259,36 @@ def dynamic_asr_pathways(
 
 def _names(pathways: Iterable[str] | None) -> tuple[str, ...] | None:
     return None if pathways is None else check_names(pathways)
+
+
+def _fixed(names: tuple[str, ...] | None, sparsity: float, norm: str) -> PruningPlan:
+    """One round of iterative pruning: a mask decided at once among what is kept, and then fixed (variant B)."""
+    return PruningPlan(
+        schedule=Constant(sparsity),
+        interval=1,
+        freeze=0,
+        **_variant(dense_grad=False),
+        score=Magnitude(norm),
+        masks="shared",
+        pathways=names,
+        init="magnitude",
+    )
+
+
+def _round_steps(steps: int, rounds: int, last: float) -> list[int]:
+    """Steps of each round: `last` of them for the last one, the rest in equal parts."""
+    if not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"levels = {rounds}; want at least 1 round")
+    if not 0.0 < last <= 1.0:
+        raise ValueError(f"last = {last}; want a share of the steps in (0, 1]")
+    if rounds == 1:
+        return [steps]
+    earlier = round(steps * (1.0 - last)) // (rounds - 1)
+    if earlier < 1:
+        raise ValueError(
+            f"steps = {steps} do not go round {rounds} rounds with last = {last}; want more, or fewer levels"
+        )
+    return [earlier] * (rounds - 1) + [steps - earlier * (rounds - 1)]
 
 
 def _variant(dense_grad: bool) -> dict[str, Any]:

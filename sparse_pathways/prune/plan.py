@@ -133,6 +133,12 @@ class PruningPlan:
         values["pathways"] = None if self.pathways is None else list(self.pathways)
         return values
 
+    def described(self) -> dict[str, Any]:
+        """`to_dict` without what is at its default: stays the same when a later version adds a part."""
+        default = PruningPlan(schedule=self.schedule, interval=self.interval).to_dict()
+        needed = ("schedule", "interval")
+        return {name: value for name, value in self.to_dict().items() if name in needed or value != default[name]}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PruningPlan:
         """Inverse of `to_dict`.

@@ -13,6 +13,7 @@ from sparse_pathways.checks import unknown_pathway
 from sparse_pathways.mask import expand_mask, topk_mask
 from sparse_pathways.nn import SparseLinear
 from sparse_pathways.prune import distributed
+from sparse_pathways.prune.initial import set_initial_masks_
 from sparse_pathways.prune.plan import PruningPlan
 from sparse_pathways.prune.scores import Gradient, ScoreMemory, batch_importance, is_finite, magnitude
 from sparse_pathways.prune.update import MaskedUpdate, check_holds, reset_moments, torch_optimizer
@@ -83,7 +84,7 @@ class Pruner:
             self._update = MaskedUpdate(self._optimizer, {name: layer.weight for name, layer in self.layers.items()})
         for layer in self.layers.values():
             layer.dense_grad = plan.dense_grad
-        self._set_initial_masks()
+        set_initial_masks_(self.layers, self.pathways, plan)
         self._check_reachable()
         if distributed.several_processes():
             distributed.check_same_masks({name: self._stacked(layer) for name, layer in self.layers.items()}, step=0)
@@ -114,16 +115,6 @@ class Pruner:
         optimizer = torch_optimizer(optimizer)
         check_holds(optimizer, {name: layer.weight for name, layer in self.layers.items()})
         return optimizer
-
-    @torch.no_grad()
-    def _set_initial_masks(self) -> None:
-        if self.plan.init == "current":
-            return
-        sparsity = 0.0 if self.plan.init == "dense" else self.plan.schedule(0)
-        for layer in self.layers.values():
-            mask = topk_mask(magnitude(layer.weight, layer.block, self.plan.score), sparsity)
-            for pathway in self.pathways:
-                layer.set_mask_(mask, pathway)
 
     def _check_reachable(self) -> None:
         """Refuse masks that the plan cannot bring, or has promised not to bring, to its sparsity."""
