@@ -61,6 +61,12 @@ bench-full: setup  ## the whole grid, LSTM and whole model, into benchmarks/resu
 bench-page: setup  ## the page again, from the results that are there
 	$(BIN)/python -m benchmarks.page benchmarks/results
 
+experiments: setup  ## train and measure what is missing of the paper's comparisons (hours; goes on where it was)
+	$(BIN)/python -m experiments run
+
+tables: setup  ## tables and plots of the comparisons, from experiments/results alone
+	$(BIN)/python -m experiments tables
+
 lint: setup  ## ruff, clang-format, mypy
 	$(BIN)/ruff check --output-format concise .
 	$(BIN)/ruff format --check .
@@ -78,5 +84,5 @@ wheel: setup  ## build a wheel into dist/
 clean:  ## remove build products and the environment; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info sparse_pathways/*.so
 
-.PHONY: help setup demo test test-fast sanitize bench bench-full bench-page lint format wheel clean
+.PHONY: help setup demo test test-fast sanitize bench bench-full bench-page experiments tables lint format wheel clean
 .DEFAULT_GOAL := help

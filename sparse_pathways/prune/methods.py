@@ -134,11 +134,10 @@ def imp(
         norm: of a block, what it is ranked by.
         prefix: of the phases' names.
     """
-    names = _names(pathways)
-    shares = _round_steps(steps, levels, last)
+    names, shares = _names(pathways), _round_steps(steps, levels, last)
     phases: list[Phase] = []
     for level, share in enumerate(shares, 1):
-        plan = _fixed(names, 1.0 - (1.0 - sparsity) ** (level / levels) if level < levels else sparsity, norm)
+        plan = _fixed(names, _level(sparsity, level, levels), norm)
         start = phases[-1].name if phases else GIVEN
         phases.append(Phase(name=f"{prefix}-{level}", plan=plan, steps=share, start=start))
     return tuple(phases)
@@ -166,18 +165,16 @@ def lth(
         rewind_steps: 0: weights go back to the model as given; else to that model after so many dense steps, which
             come on top of `steps`.
     """
-    names = _names(pathways)
-    shares = _round_steps(steps, levels + 1, last)
+    names, shares = _names(pathways), _round_steps(steps, levels + 1, last)
     phases: list[Phase] = []
     point = GIVEN
     if rewind_steps:
         point = f"{prefix}-point"
         phases.append(Phase(name=point, plan=_fixed(names, 0.0, norm), steps=rewind_steps))
     for level, share in enumerate(shares):
-        target = sparsity if level == levels else 1.0 - (1.0 - sparsity) ** (level / levels)
         earlier = phases[-1].name if level else point
         rewind = point if level else None
-        plan = _fixed(names, target, norm)
+        plan = _fixed(names, _level(sparsity, level, levels), norm)
         phases.append(Phase(name=f"{prefix}-{level}", plan=plan, steps=share, start=earlier, rewind=rewind))
     return tuple(phases)
 
@@ -273,6 +270,12 @@ def _fixed(names: tuple[str, ...] | None, sparsity: float, norm: str) -> Pruning
         pathways=names,
         init="magnitude",
     )
+
+
+def _level(sparsity: float, level: int, levels: int) -> float:
+    """Sparsity after `level` of `levels` rounds that each remove the same share of what is left."""
+    check_sparsity(sparsity)
+    return sparsity if level == levels else 1.0 - (1.0 - sparsity) ** (level / levels)
 
 
 def _round_steps(steps: int, rounds: int, last: float) -> list[int]:

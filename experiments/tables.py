@@ -1,0 +1,231 @@
+"""Tables and plots, from the result files alone; made again they are the same to the byte."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments import plots
+from experiments.cells import STUDY
+from experiments.stages import LANGUAGES, Cell, stages_of
+from experiments.statistics import Difference, Results, Row
+
+PAGE = "results.md"
+PLOTS = "plots"
+SAME = 0.05  # relative: what counts as equal
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of a paper, or of ours: row `a` has fewer errors than row `b`, or equally many."""
+
+    text: str
+    a: tuple[str, float]
+    b: tuple[str, float]
+    equal: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one table, which row they are compared with, and what is claimed about them."""
+
+    title: str
+    about: str
+    rows: tuple[tuple[str, float], ...]
+    against: tuple[str, float]
+    claims: tuple[Claim, ...] = ()
+
+
+def _main(s: float) -> Table:
+    lap, fixed, ours = ("lap", s), ("pathways-lsp", s), ("dynamic-wg", s)
+    paper = ("dynamic-lap50", s) if s == 0.7 else ("dynamic-lap70", s)
+    rows = [("dense", 0.0), ("tuned", 0.0), lap, ("lap-wg", s), fixed, ("dynamic-magnitude", s)]
+    if s == 0.7:
+        rows += [(f"dynamic-{source}{start}", s) for source in ("lap", "lsp") for start in (20, 50, 70)]
+    else:
+        rows += [paper]
+    claims = [
+        Claim("Parent: pathways with LSP masks beat one shared mask (by about 21 %)", fixed, lap),
+        Claim("Parent: pathways with LSP masks are no worse than dense (about 5 % better)", fixed, ("dense", 0.0)),
+        Claim("Paper: dynamic pathways from LAP are about equal to fixed pathways from LSP", paper, fixed, equal=True),
+        Claim("Here: the language-aware score beats one shared mask (goal: by 20 % at 90 %)", ours, lap),
+        Claim("Here: the language-aware score beats fixed LSP pathways (goal: by 12 % at 90 %)", ours, fixed),
+    ]
+    if s == 0.7:
+        claims += [
+            Claim("Paper: dynamic from LSP 70 % beats fixed pathways with those masks", ("dynamic-lsp70", s), fixed),
+            Claim("Paper: a start at 50 % beats a start at 70 % (LAP)", ("dynamic-lap50", s), ("dynamic-lap70", s)),
+            Claim("Paper: a start at 50 % beats a start at 70 % (LSP)", ("dynamic-lsp50", s), ("dynamic-lsp70", s)),
+        ]
+    return Table(
+        f"Table B: multilingual, {s:.0%} pruned",
+        "Every row trains the same number of joint steps on the same batches, from the same dense model of its seed; "
+        "what it spends before that is in the column steps.",
+        (*rows, ours),
+        lap,
+        tuple(claims),
+    )
+
+
+TABLES = (_main(0.9), _main(0.7))
+
+
+def _percent(value: float | None, digits: int = 1, sign: bool = False) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:{'+' if sign else ''}.{digits}f}"
+
+
+def _difference(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    low, high = _percent(found.low, sign=True), _percent(found.high, sign=True)
+    return f"{_percent(found.relative, sign=True)} ({low} to {high})"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _row_line(results: Results, row: Row, against: Row | None) -> str:
+    masks = "masks" in next(iter(row.results.values()))
+    swapped = [
+        sum(result["swapped_wer"].values()) / len(result["swapped_wer"])
+        for result in row.results.values()
+        if "swapped_wer" in result
+    ]
+    overlap = [_mean_overlap(result["masks"]["overlap"]) for result in row.results.values()] if masks else []
+    return _line(
+        [
+            row.label,
+            row.seeds,
+            *(_percent(row.mean(language)) for language in LANGUAGES),
+            f"**{_percent(row.mean())}**" + (f" ± {_percent(row.spread())}" if row.spread() is not None else ""),
+            "" if against is None or against.name == row.name else _difference(results.compare(row, against)),
+            f"{sum(overlap) / len(overlap):.2f}" if overlap else "",
+            _percent(sum(swapped) / len(swapped)) if swapped else "",
+            _percent(row.mean_of("masks", "union"), 0) if masks else "100",
+            f"{row.mean_of('cost', 'steps'):.0f}",
+            f"{row.mean_of('cost', 'cpu_s') / 60:.0f}",
+        ]
+    )
+
+
+def _mean_overlap(matrix: list[list[float]]) -> float:
+    pairs = [matrix[a][b] for a in range(len(matrix)) for b in range(a)]
+    return sum(pairs) / len(pairs) if pairs else 1.0
+
+
+HEAD = (
+    *("method", "seeds", *LANGUAGES, "mean WER [%]", "against LAP [%]", "IoU", "swapped masks"),
+    *("union [%]", "steps", "CPU min"),
+)
+
+
+def write_table(results: Results, table: Table) -> list[str]:
+    """Markdown lines of one table and its claims."""
+    lines = [f"## {table.title}", "", table.about, "", _line(HEAD), _line(["---"] * len(HEAD))]
+    against = results.row(*table.against)
+    missing = []
+    for name, sparsity in table.rows:
+        if (name, sparsity) not in results.wanted:
+            continue
+        row = results.row(name, sparsity)
+        if row is None:
+            missing.append(name)
+        else:
+            lines.append(_row_line(results, row, against))
+    if missing:
+        lines += ["", f"Not measured yet: {', '.join(missing)}."]
+    return [*lines, "", *claim_lines(results, table.claims), ""]
+
+
+def claim_lines(results: Results, claims: Sequence[Claim]) -> list[str]:
+    """One line per claim: what was seen."""
+    if not claims:
+        return []
+    lines = [_line(["claim", "difference in WER [%], 95 % interval", "each seed", "seen here?"]), _line(["---"] * 4)]
+    for claim in claims:
+        a, b = results.row(*claim.a), results.row(*claim.b)
+        found = results.compare(a, b) if a is not None and b is not None else None
+        if found is None or a is None or b is None:
+            lines.append(_line([claim.text, "", "", "not measured yet"]))
+            continue
+        seeds = ", ".join(_percent(value, 0, sign=True) for value in found.by_seed)
+        complete = len(found.by_seed) == min(a.wanted, b.wanted)
+        verdict = _verdict(claim, found) + ("" if complete else f" ({len(found.by_seed)} of {a.wanted} seeds so far)")
+        lines.append(_line([claim.text, _difference(found), seeds, verdict]))
+    return lines
+
+
+def _verdict(claim: Claim, found: Difference) -> str:
+    if claim.equal:
+        if -SAME < found.low and found.high < SAME:
+            return f"yes, within {SAME:.0%}"
+        return {"lower": "no: better", "higher": "no: worse", "open": "cannot be told apart"}[found.verdict()]
+    return {"lower": "yes", "higher": "no: the opposite", "open": "cannot be told apart"}[found.verdict()]
+
+
+def monolingual(results: Results) -> list[str]:
+    """Table A: a line per method, a column per language."""
+    head = ["method, 70 % pruned", *(f"{language} (seeds)" for language in LANGUAGES)]
+    lines = [
+        "## Table A: monolingual, 70 % pruned",
+        "",
+        "Each language alone, from the multilingual dense model; all methods train the same steps. In brackets the "
+        "difference to IMP, relative, with its 95 % interval.",
+        "",
+        _line(head),
+        _line(["---"] * len(head)),
+    ]
+    for name, sparsity in (("tuned", 0.0), ("imp", 0.7), ("lth", 0.7), ("adaptive", 0.7)):
+        cells = []
+        label = name
+        for language in LANGUAGES:
+            row = results.row(f"mono-{language}-{name}", sparsity)
+            if row is None:
+                cells.append("")
+                continue
+            label = row.label
+            imp = results.row(f"mono-{language}-imp", 0.7)
+            found = results.compare(row, imp) if imp is not None and name != "imp" else None
+            cells.append(f"{_percent(row.mean())} ({row.seeds}) {_difference(found)}".strip())
+        if any(cells):
+            lines.append(_line([label, *cells]))
+    claims = [
+        Claim(
+            f"Paper: adaptive masks beat {other.upper()}, {language}",
+            (f"mono-{language}-adaptive", 0.7),
+            (f"mono-{language}-{other}", 0.7),
+        )
+        for language in LANGUAGES
+        for other in ("imp", "lth")
+    ]
+    return [*lines, "", *claim_lines(results, claims), ""]
+
+
+def write_all(cells: Sequence[Cell], folder: Path, out: Path) -> None:
+    """The page and its plots."""
+    wanted: dict[tuple[str, float], list[int]] = defaultdict(list)
+    for cell in cells:
+        wanted[cell.name, cell.sparsity].append(cell.seed)
+    keys = {cell.title: stages_of(STUDY, cell)[-1].key for cell in cells}
+    results = Results(folder, dict(wanted), keys)
+    lines = [
+        "# Results",
+        "",
+        "Made by `make tables` from `results/`; do not edit. WER in percent on the test split (unseen voices and "
+        "sentences), mean over seeds ± standard deviation over seeds. Differences are relative and paired (same "
+        "utterances, same seeds); intervals are 95 %, by resampling utterances. A claim counts as seen when the "
+        "interval is clear of zero and every seed agrees. Swapped masks: WER when every language runs with the mask of "
+        "the one before it. Union: blocks in at least one pathway. Steps: optimiser steps after the dense model; CPU "
+        "minutes of these, on a shared machine.",
+        "",
+    ]
+    for table in TABLES:
+        lines += write_table(results, table)
+    lines += monolingual(results)
+    lines += plots.write_plots(results, out / PLOTS)
+    if results.stale:
+        lines += ["", f"Results of other settings, left out: {', '.join(results.stale)}."]
+    (out / PAGE).write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

@@ -1,0 +1,191 @@
+"""The runner survives any kill, stages are shared and named by their settings, tables follow from the results alone."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+pytest.importorskip("torchaudio")
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def root_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.syspath_prepend(str(HERE))
+
+
+def start(folder):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "tiny_study.py"), str(folder), "run"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def kill_all(folder, process):
+    """SIGKILL for the runner and everything it started."""
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if str(folder) in words and "tiny_study.py" in " ".join(words):
+            os.kill(int(entry.name), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_killed_twice_and_started_again_gives_the_same_models(tmp_path):
+    straight, torn = tmp_path / "straight", tmp_path / "torn"
+    assert start(straight).wait() == 0
+    torn.mkdir()
+    shutil.copytree(straight / "data", torn / "data")
+    for seconds in (6.0, 10.0):
+        process = start(torn)
+        time.sleep(seconds)
+        kill_all(torn, process)
+    assert start(torn).wait() == 0
+    models = sorted(path.relative_to(straight) for path in straight.glob("*/model.pt"))
+    assert len(models) == 4  # dense, two masks and their joint run
+    for path in models:
+        first, second = (torch.load(folder / path, weights_only=True)["state"] for folder in (straight, torn))
+        assert first.keys() == second.keys()
+        for name in first:
+            assert torch.equal(first[name], second[name]), (path, name)
+    for path in sorted((straight / "results").glob("*.json")):
+        one, two = (json.loads((folder / "results" / path.name).read_text()) for folder in (straight, torn))
+        assert {**one, "cost": None} == {**two, "cost": None}
+        assert one["cost"]["steps"] == two["cost"]["steps"]
+    fixed = json.loads((straight / "results" / "fixed-80-s0.json").read_text())
+    assert fixed["cost"]["steps"] == 16 and set(fixed["swapped_wer"]) == {"en", "fr"}
+
+
+def test_cells_share_stages_and_other_settings_have_other_keys():
+    import tiny_study
+
+    from experiments import stages
+
+    cells = {cell.name: cell for cell in tiny_study.make_cells()}
+    own = {name: stages.stages_of(tiny_study.STUDY, cell) for name, cell in cells.items()}
+    assert {steps[0].key for steps in own.values()} == {own["dense"][0].key}
+    again = replace(cells["fixed"], name="other", row="another row")
+    assert [s.key for s in stages.stages_of(tiny_study.STUDY, again)] == [s.key for s in own["fixed"]]
+    longer = {cell.name: stages.stages_of(tiny_study.STUDY, cell) for cell in tiny_study.make_cells(steps=9)}
+    assert longer["fixed"][-1].key != own["fixed"][-1].key
+    assert [s.key for s in longer["fixed"][:-1]] == [s.key for s in own["fixed"][:-1]]  # the masks are those
+    moved = stages.stages_of(replace(tiny_study.STUDY, prune={"batch": 5}), cells["fixed"])
+    assert moved[0].key == own["fixed"][0].key and moved[1].key != own["fixed"][1].key
+
+
+def test_the_list_covers_the_tables_and_its_titles_are_distinct():
+    from experiments.cells import all_cells
+    from experiments.tables import TABLES
+
+    cells = all_cells()
+    have = {(cell.name, cell.sparsity) for cell in cells}
+    for table in TABLES:
+        for claim in table.claims:
+            assert claim.a in have and claim.b in have, claim.text
+    for name in ("lap", "pathways-lsp", "dynamic-wg"):
+        assert {cell.seed for cell in cells if cell.name == name and cell.sparsity == 0.9} == {0, 1, 2}
+    with pytest.raises(ValueError, match="distinct names"):
+        from experiments.stages import check_cells
+
+        check_cells([cells[0], replace(cells[0], row="another")])
+
+
+def fake(name, seed, rate, sparsity=0.9, utterances=200):
+    """A result whose errors are drawn at a rate; the same utterances are hard for all."""
+    hard = np.random.default_rng(3).random(utterances) * 2 * rate
+    draw = np.random.default_rng([seed, len(name)])
+    test = {}
+    for language in ("en", "fr", "it", "nl"):
+        errors = draw.binomial(6, np.minimum(hard, 1.0))
+        test[language] = {"wer": errors.sum() / (6 * utterances), "errors": errors.tolist(), "words": [6] * utterances}
+    mean = float(np.mean([one["wer"] for one in test.values()]))
+    return {
+        "key": f"{name}{seed}",
+        "row": name,
+        "name": name,
+        "sparsity": sparsity,
+        "seed": seed,
+        "languages": ["en", "fr", "it", "nl"],
+        "wer_mean": mean,
+        "test": test,
+        "cost": {"steps": 10, "cpu_s": 60},
+        "history": {"loss": [], "overlap": [], "dev": [], "decisions": []},
+    }
+
+
+def results_of(tmp_path, *found):
+    from experiments.statistics import Results
+
+    for one in found:
+        (tmp_path / f"{one['name']}{one['seed']}.json").write_text(json.dumps(one))
+    wanted = {(one["name"], one["sparsity"]): [0, 1, 2] for one in found}
+    keys = {f"{one['name']}{one['seed']}": one["key"] for one in found}
+    return Results(tmp_path, wanted, keys)
+
+
+def test_differences_have_intervals_that_know_what_is_certain(tmp_path):
+    results = results_of(tmp_path, *(fake(n, s, r) for n, r in (("good", 0.1), ("bad", 0.15)) for s in (0, 1, 2)))
+    good, bad = results.row("good", 0.9), results.row("bad", 0.9)
+    found = results.compare(good, bad)
+    assert found.low < found.relative < found.high < 0 and found.verdict() == "lower"
+    assert found.relative == pytest.approx(0.1 / 0.15 - 1, abs=0.08)
+    assert results.compare(bad, good).verdict() == "higher"
+    itself = results.compare(good, good)
+    assert (itself.low, itself.relative, itself.high) == (0, 0, 0) and itself.verdict() == "open"
+    assert results.compare(good, bad) == found  # no chance in it
+
+
+def test_a_difference_that_one_seed_denies_is_open(tmp_path):
+    found = [fake("a", 0, 0.1), fake("a", 1, 0.16), fake("b", 0, 0.15), fake("b", 1, 0.15)]
+    results = results_of(tmp_path, *found)
+    difference = results.compare(results.row("a", 0.9), results.row("b", 0.9))
+    assert min(difference.by_seed) < 0 < max(difference.by_seed) and difference.verdict() == "open"
+
+
+def test_missing_seeds_and_stale_files_are_said(tmp_path):
+    from experiments.tables import Claim, claim_lines
+
+    results = results_of(tmp_path, fake("a", 0, 0.1), fake("b", 0, 0.2), fake("b", 1, 0.2))
+    claim = Claim("a beats b", ("a", 0.9), ("b", 0.9))
+    assert "yes (1 of 3 seeds so far)" in claim_lines(results, [claim])[-1]
+    assert results.row("a", 0.9).seeds == "1 of 3"
+    nothing = Claim("c beats b", ("c", 0.9), ("b", 0.9))
+    assert "not measured yet" in claim_lines(results, [nothing])[-1]
+    from experiments.statistics import Results
+
+    stale = Results(tmp_path, results.wanted, {"a0": "of other settings", "b0": "b0", "b1": "b1"})
+    assert stale.stale == ["a0"] and stale.row("a", 0.9) is None
+
+
+def test_the_page_in_git_is_made_from_the_results_in_git(tmp_path):
+    from experiments.cells import all_cells
+    from experiments.tables import write_all
+
+    for _ in range(2):
+        write_all(all_cells(), ROOT / "experiments" / "results", tmp_path)
+        page = (tmp_path / "results.md").read_text()
+        assert page == (ROOT / "experiments" / "results.md").read_text(), "run `make tables`"
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "plots").glob("*.svg")}
+    write_all(all_cells(), ROOT / "experiments" / "results", tmp_path)
+    assert pictures == {path.name: path.read_bytes() for path in (tmp_path / "plots").glob("*.svg")}
+    for path in (ROOT / "experiments" / "results").glob("*.json"):
+        assert path.stat().st_size < 30_000, path
