@@ -248,6 +248,10 @@ class PruneConfig(RunConfig):
         interval: Steps (with a mask per language: of that language) between two decisions; None: from steps.
         freeze: Step after which the masks stay; None: after 70 % of the steps.
         options: Further arguments of the method in sp.methods, such as {"dense_grad": false} or {"levels": 6}.
+        source: Make the masks to begin with first: "lsp" by one run per language, "lap" by one run on all of them; the
+            method then trains on from these. None: the masks of the start model.
+        source_sparsity: Of the masks that source makes; None: the final sparsity.
+        source_steps: Steps of the run, or of each run, that source makes.
     """
 
     start: Path
@@ -261,7 +265,18 @@ class PruneConfig(RunConfig):
     interval: int | None = None
     freeze: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    source: str | None = None
+    source_sparsity: float | None = None
+    source_steps: int = 250
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _share(self, "sparsity")
+        _at_least(self, 1, "source_steps")
+        if self.source not in (None, "lap", "lsp"):
+            raise ValueError(f"PruneConfig.source = {self.source!r}; want lap, lsp or nothing")
+        if self.source_sparsity is not None and not 0.0 <= self.source_sparsity <= self.sparsity:
+            raise ValueError(
+                f"PruneConfig.source_sparsity = {self.source_sparsity}; want a share of at most sparsity = "
+                f"{self.sparsity}"
+            )

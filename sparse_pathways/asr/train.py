@@ -4,7 +4,6 @@ Given the same configuration again, a run goes on from its last checkpoint; a fi
 """
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +14,11 @@ from torch import Tensor, nn
 
 import sparse_pathways as sp
 
-from .checkpoint import CHECKPOINT, MODEL, load_model, read, restore_model, write
+from .checkpoint import CHECKPOINT, MODEL, load_model, model_content, restore_model, write
 from .config import PruneConfig, RunConfig, TrainConfig
 from .loop import Run, read_description
 from .model import Recogniser, new, prunable
 from .text import Tokenizer
-
-PHASES = "phases.json"
 
 __all__ = ["load_model", "prune", "prune_phase", "pruning_method", "train"]
 
@@ -58,8 +55,6 @@ def prune(config: PruneConfig) -> Path:
         sp.FormatError: the start model, the corpus or the checkpoint is missing or damaged.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
-    if (config.out / MODEL).is_file() and (config.out / PHASES).is_file():
-        return config.out
     if (Path(config.out) / CHECKPOINT).is_file():  # of a method of one phase: it needs its start no more
         phase = sp.Phase.from_dict(read_description(config.out)["phase"])
         return prune_phase(config, phase, {})
@@ -71,14 +66,22 @@ def prune(config: PruneConfig) -> Path:
 
 
 def _prune_in_phases(config: PruneConfig, phases: Sequence[sp.Phase]) -> Path:
-    """Every phase in a folder of its own within `config.out`; the model of the last one is the run's."""
+    """Every phase in a folder of its own within `config.out`; the model of the last one is the run's.
+
+    Masks made one language at a time (lsp) are gathered in the start model: `method="asr_pathways"` can go on from it.
+    """
     folders = {sp.GIVEN: Path(config.start)}
     for phase in phases:
         folders[phase.name] = Path(config.out) / phase.name
         prune_phase(replace(config, out=folders[phase.name], steps=phase.steps), phase, folders)
-    content = read(folders[phases[-1].name] / MODEL)
-    write(Path(config.out) / MODEL, {name: value for name, value in content.items() if name != "format"})
-    (Path(config.out) / PHASES).write_text(json.dumps([phase.to_dict() for phase in phases], indent=1) + "\n")
+    if (Path(config.out) / MODEL).is_file():
+        return config.out
+    gathered = sp.methods.joint(phases, sp.methods.asr_pathways(None, config.sparsity), 1)[-1]
+    if len(gathered.masks) > 1:
+        model, _ = _begun(config, gathered, folders)
+    else:
+        model = load_model(folders[phases[-1].name])
+    write(Path(config.out) / MODEL, model_content(model))
     return config.out
 
 
@@ -100,22 +103,27 @@ def prune_phase(config: PruneConfig, phase: sp.Phase, models: Mapping[str, Path]
         model = restore_model(run.checkpoint["model"], run.checkpoint_path)
         plan = sp.PruningPlan.from_dict(run.checkpoint["pruner"]["plan"])
     else:
-        model = load_model(models[sp.GIVEN])
-        _ensure_pathways(model, config)
-        given = {name: value.clone() for name, value in model.state_dict().items()}
-
-        def state_of(name: str) -> Mapping[str, Tensor]:
-            return given if name == sp.GIVEN else load_model(models[name]).state_dict()
-
-        def pathways_of(name: str) -> Sequence[str]:
-            return read_description(models[name])["phase"]["plan"]["pathways"] or model.languages
-
-        plan = sp.begin_phase_(model, phase, state_of, pathways_of)
+        model, plan = _begun(config, phase, models)
     model.to(run.device)
     optimizer = _adamw(model, config)
     return run.fit(
         model, optimizer, run.load_corpus(plan.pathways or model.languages), sp.Pruner(model, plan, optimizer)
     )
+
+
+def _begun(config: PruneConfig, phase: sp.Phase, models: Mapping[str, Path]) -> tuple[Recogniser, sp.PruningPlan]:
+    """The model at the beginning of a phase, and the plan to go on with."""
+    model = load_model(models[sp.GIVEN])
+    _ensure_pathways(model, config)
+    given = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def state_of(name: str) -> Mapping[str, Tensor]:
+        return given if name == sp.GIVEN else load_model(models[name]).state_dict()
+
+    def pathways_of(name: str) -> Sequence[str]:
+        return read_description(models[name])["phase"]["plan"]["pathways"] or model.languages
+
+    return model, sp.begin_phase_(model, phase, state_of, pathways_of)
 
 
 def pruning_method(
@@ -129,6 +137,22 @@ def pruning_method(
     if config.method not in sp.methods.__all__ or config.method == "joint":
         known = ", ".join(name for name in sp.methods.__all__ if name != "joint")
         raise ValueError(f"method = {config.method!r}; want one of {known}")
+    if config.source is None:
+        return _method(config, languages, start)
+    masks = config.sparsity if config.source_sparsity is None else config.source_sparsity
+    if config.source == "lsp":
+        phases = sp.methods.lsp(languages, masks, steps=config.source_steps)
+    else:
+        plan = sp.methods.lap(languages, masks, steps=config.source_steps)
+        phases = (sp.Phase(name="lap", plan=plan, steps=config.source_steps),)
+    joint = _method(config, languages, masks)
+    if not isinstance(joint, sp.PruningPlan):
+        raise ValueError(f"method = {config.method!r} makes masks of its own; want one of one round with source")
+    weights = "source" if config.source == "lap" else sp.GIVEN
+    return sp.methods.joint(phases, joint, config.steps, weights=weights)
+
+
+def _method(config: PruneConfig, languages: tuple[str, ...], start: float) -> sp.PruningPlan | tuple[sp.Phase, ...]:
     method = getattr(sp.methods, config.method)
     accepted = inspect.signature(method).parameters
     if config.method == "asr_pathways":  # fixed masks: nothing to schedule

@@ -103,7 +103,9 @@ def check_phases(phases: Iterable[Phase]) -> tuple[Phase, ...]:
     return tuple(seen.values())
 
 
-def joint(source: Phases, plan: PruningPlan, steps: int, *, weights: str = GIVEN, name: str = "joint") -> Phases:
+def joint(
+    source: Phases, plan: PruningPlan, steps: int, *, weights: str = GIVEN, name: str = "joint"
+) -> tuple[Phase, ...]:
     """Append joint training that takes its masks from the last phase of every pathway of `source`.
 
     Args:

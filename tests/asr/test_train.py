@@ -210,6 +210,51 @@ def test_fixed_masks_of_a_pruned_model(prune_config, tmp_path):
     assert not any("event" in line for line in log(second.out))
 
 
+@pytest.mark.parametrize(
+    ("settings", "phases", "density"),
+    [
+        (dict(method="imp", options={"levels": 2}), 2, {"en": 0.3, "nl": 0.3}),
+        (dict(method="lth", options={"levels": 1}), 2, {"en": 0.3, "nl": 0.3}),
+        (dict(method="lsp"), 2, {"en": 0.3, "nl": 0.3}),
+        (dict(method="asr_pathways", source="lsp", source_steps=3), 3, {"en": 0.3, "nl": 0.3}),
+        (dict(source="lap", source_steps=3, source_sparsity=0.5), 2, {"en": 0.3, "nl": 0.3}),
+    ],
+    ids=["imp", "lth", "lsp", "pathways-from-lsp", "dynamic-from-lap"],
+)
+def test_method_of_several_rounds_interrupted_equals_straight(
+    prune_config, tmp_path, monkeypatch, settings, phases, density
+):
+    straight = replace(prune_config, sparsity=0.7, interval=None, freeze=None, steps=6, **settings)
+    prune(straight)
+    torn = replace(straight, out=tmp_path / "torn")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            prune(torn)
+    prune(torn)
+    models = [load_model(run.out) for run in (straight, torn)]
+    assert_same(dict(models[0].state_dict()), dict(models[1].state_dict()))
+    for name, share in density.items():
+        assert sp.density(models[0], name)["total"] == pytest.approx(share, abs=0.01)
+    assert len(list(straight.out.glob("*/model.pt"))) == phases
+    before = {path: path.stat().st_mtime_ns for path in straight.out.rglob("*.*")}
+    assert prune(straight) == straight.out
+    assert before == {path: path.stat().st_mtime_ns for path in straight.out.rglob("*.*")}
+    with pytest.raises(ValueError, match=r"holds a run with lr = 0\.0005, not 0\.1; choose another folder"):
+        prune(replace(straight, lr=0.1))
+
+
+def test_source_and_options_that_do_not_fit_are_refused(prune_config):
+    with pytest.raises(ValueError, match=r"source = 'magic'; want lap, lsp or nothing"):
+        replace(prune_config, source="magic")
+    with pytest.raises(ValueError, match=r"source_sparsity = 0\.9; want a share of at most sparsity = 0\.7"):
+        replace(prune_config, source="lap", source_sparsity=0.9)
+    with pytest.raises(ValueError, match="method = 'imp' makes masks of its own"):
+        prune(replace(prune_config, method="imp", source="lsp", interval=None, freeze=None))
+    with pytest.raises(ValueError, match="levels is no argument of method 'lap'; it takes steps, start"):
+        prune(replace(prune_config, method="lap", options={"levels": 3}))
+
+
 def test_training_lowers_the_loss(dense_config):
     train(replace(dense_config, steps=60, ctc_only_steps=0, batch=4, lr=3e-3, eval_every=60))
     losses = [line["rnnt"] for line in log(dense_config.out) if "rnnt" in line]
