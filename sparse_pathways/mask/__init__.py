@@ -3,7 +3,7 @@
 from sparse_pathways.mask.block_mask import expand_mask, pack_bits, unpack_bits
 from sparse_pathways.mask.schedule import Constant, Cubic, Milestones, Schedule
 from sparse_pathways.mask.score import block_scores, block_sums
-from sparse_pathways.mask.select import topk_mask
+from sparse_pathways.mask.select import global_masks, nm_mask, topk_mask
 
 __all__ = [
     "Constant",
@@ -13,6 +13,8 @@ __all__ = [
     "block_scores",
     "block_sums",
     "expand_mask",
+    "global_masks",
+    "nm_mask",
     "pack_bits",
     "topk_mask",
     "unpack_bits",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparse_pathways.checks import FormatError
 from sparse_pathways.nn import SparseLinear, density, overlap, pathways, sparse_layers
-from sparse_pathways.prune.initial import set_initial_masks_
+from sparse_pathways.prune.decide import set_initial_masks_
 from sparse_pathways.prune.plan import PruningPlan
 
 GIVEN = "given"

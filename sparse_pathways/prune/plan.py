@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from sparse_pathways.checks import check_names
+from sparse_pathways.checks import check_names, check_sparsity
 from sparse_pathways.mask import Constant, Cubic, Milestones, Schedule
-from sparse_pathways.prune.scores import Gradient, Magnitude, Score, as_score
+from sparse_pathways.prune.scores import Gradient, Learned, Magnitude, Movement, Score, as_score
 
 CHOICES = {
-    "scope": ("layer",),
     "candidates": ("all", "kept"),
     "masks": ("own", "shared"),
     "moments": ("keep", "reset"),
-    "init": ("current", "dense", "magnitude"),
+    "init": ("current", "dense", "magnitude", "random"),
+    "after_freeze": ("same", "inside"),
 }
 KINDS: dict[str, type] = {
     "constant": Constant,
@@ -22,6 +22,8 @@ KINDS: dict[str, type] = {
     "milestones": Milestones,
     "magnitude": Magnitude,
     "gradient": Gradient,
+    "movement": Movement,
+    "learned": Learned,
 }
 KIND_OF = {kind: name for name, kind in KINDS.items()}
 
@@ -36,8 +38,14 @@ class PruningPlan:
             pathway, a shared mask counts all steps.
         freeze: optimiser step after which masks are fixed; at that step every mask is decided once more, so that all
             have the scheduled sparsity. 0: never decided, the initial masks stay. None: never fixed.
-        score: what ranks the blocks: `Magnitude` or `Gradient`, or their names.
-        scope: "layer": every layer has the scheduled sparsity.
+        churn: None: `interval` holds. Else decisions follow how much they change: while more than this share of the
+            kept blocks of a mask is exchanged its interval is halved, while less than half of it, doubled, between
+            1 / 8 and 8 times `interval`.
+        score: what ranks the blocks: `Magnitude`, `Gradient`, `Movement` or `Learned`, or their names.
+        scope: "layer": every layer has the scheduled sparsity. "global": all layers together have it, their scores are
+            compared. "N:M", such as "2:4": of every M neighbouring blocks of a row N are kept; the schedule then knows
+            the sparsities 0 and 1 - N / M only.
+        floor: with scope "global", the least that a layer keeps, as a share of what it would keep by itself.
         candidates: "all": pruned blocks compete and may come back. "kept": only what is still kept competes.
         masks: "own": one mask per pathway. "shared": one mask, copied to all pathways; `Gradient` scores are summed
             over the pathways.
@@ -49,20 +57,26 @@ class PruningPlan:
         moments: optimiser state of weight shape at blocks that enter or leave the union of the layer's masks: "keep"
             or "reset" to zero.
         init: masks at the start: "current": those of the model; "dense": all ones; "magnitude": decided at once from
-            the l2 norm of the blocks (or the norm of `score`) at the sparsity of step 0.
+            the l2 norm of the blocks (or the norm of `score`) at the sparsity of step 0; "random": at once by chance,
+            the same for the same names of layers and pathways (a control).
+        after_freeze: with `dense_grad`, what happens once masks are fixed: "same"; "inside": from then on as
+            `dense_grad=False`, so that a pathway no longer moves weights that only others use.
     """
 
     schedule: Schedule
     interval: int
     freeze: int | None = None
+    churn: float | None = None
     score: Score = field(default_factory=Magnitude)
     scope: str = "layer"
+    floor: float = 0.2
     candidates: str = "all"
     masks: str = "own"
     pathways: tuple[str, ...] | None = None
     dense_grad: bool = True
     moments: str = "keep"
     init: str = "current"
+    after_freeze: str = "same"
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, (Constant, Cubic, Milestones)):
@@ -78,7 +92,37 @@ class PruningPlan:
                 raise ValueError(f"PruningPlan.{name} = {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         if not isinstance(self.dense_grad, bool):
             raise TypeError(f"PruningPlan.dense_grad = {self.dense_grad!r}; want True (variant A) or False (variant B)")
+        self._check_scope()
         self._check_steps()
+        if self.churn is not None and not 0.0 < self.churn < 1.0:
+            raise ValueError(f"PruningPlan.churn = {self.churn}; want a share of the kept blocks in (0, 1), or None")
+        if self.after_freeze == "inside" and not self.freeze:
+            raise ValueError(
+                f"PruningPlan.after_freeze = 'inside' with freeze = {self.freeze}: there is no step from which masks "
+                "are fixed; set freeze, or dense_grad = False"
+            )
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """(N, M) of a scope "N:M"."""
+        keep, _, group = self.scope.partition(":")
+        return (int(keep), int(group)) if keep.isdigit() and group.isdigit() else None
+
+    def _check_scope(self) -> None:
+        check_sparsity(self.floor, "PruningPlan.floor")
+        pattern = self.pattern
+        if self.scope in ("layer", "global"):
+            return
+        if pattern is None or not 1 <= pattern[0] <= pattern[1]:
+            raise ValueError(
+                f"PruningPlan.scope = {self.scope!r}; choose layer, global, or N:M with N <= M such as 2:4"
+            )
+        target = 1.0 - pattern[0] / pattern[1]
+        if isinstance(self.schedule, Cubic) or any(abs(s - target) > 1e-9 and s for s in self.levels):
+            raise ValueError(
+                f"PruningPlan.scope = {self.scope!r} knows the sparsities 0 and {target}, but schedule = "
+                f"{self.schedule}; want Constant({target}) or Milestones(((0, 0.0), (STEP, {target})))"
+            )
 
     def _check_steps(self) -> None:
         _check_step_count("interval", self.interval, least=1)

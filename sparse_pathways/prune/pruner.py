@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,40 +9,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_pathways.checks import unknown_pathway
-from sparse_pathways.mask import expand_mask, topk_mask
+from sparse_pathways.mask import expand_mask
 from sparse_pathways.nn import SparseLinear
 from sparse_pathways.prune import distributed
-from sparse_pathways.prune.initial import set_initial_masks_
+from sparse_pathways.prune.decide import select, set_initial_masks_
+from sparse_pathways.prune.event import PruneEvent
 from sparse_pathways.prune.plan import PruningPlan
-from sparse_pathways.prune.scores import Gradient, ScoreMemory, batch_importance, is_finite, magnitude
+from sparse_pathways.prune.scores import ScoreMemory, batch_signal, is_finite, magnitude, memory_of
 from sparse_pathways.prune.update import MaskedUpdate, check_holds, reset_moments, torch_optimizer
 
 Masks = dict[str, Tensor]  # pathway, or layer, to bool tensor
-
-
-@dataclass(frozen=True)
-class PruneEvent:
-    """One decision of masks. Counts are of blocks over all layers and decided masks; a shared mask counts once.
-
-    Attributes:
-        step: optimiser steps so far, over all pathways.
-        pathway: that of the batch just trained.
-        decided: pathways whose masks were decided.
-        sparsity: the scheduled one.
-        density: kept blocks / blocks, after the decision.
-        pruned: blocks kept before and not after.
-        regrown: blocks kept after and not before.
-        iou: intersection over union of the masks before and after; 1.0 = unchanged.
-    """
-
-    step: int
-    pathway: str
-    decided: tuple[str, ...]
-    sparsity: float
-    density: float
-    pruned: int
-    regrown: int
-    iou: float
 
 
 class Pruner:
@@ -77,7 +52,8 @@ class Pruner:
         self.pathways = self._governed()
         self.steps = 0
         self.batches = dict.fromkeys(self.pathways, 0)
-        self._memory = ScoreMemory(plan.score.decay) if isinstance(plan.score, Gradient) else None
+        self._memory = memory_of(plan.score)
+        self._gaps = {name: [plan.interval, plan.interval] for name in self.pathways}  # interval now, next count
         self._optimizer = self._checked(optimizer)
         self._update: MaskedUpdate | None = None
         if self._optimizer is not None and not plan.dense_grad:
@@ -86,6 +62,9 @@ class Pruner:
             layer.dense_grad = plan.dense_grad
         set_initial_masks_(self.layers, self.pathways, plan)
         self._check_reachable()
+        if self._memory is not None:
+            for name, layer in self.layers.items():
+                self._memory.start(name, len(self.pathways), magnitude(layer.weight, layer.block, plan.score).detach())
         if distributed.several_processes():
             distributed.check_same_masks({name: self._stacked(layer) for name, layer in self.layers.items()}, step=0)
 
@@ -106,8 +85,8 @@ class Pruner:
         if optimizer is None:
             needs = [
                 f"{name} = {value!r}"
-                for name, value in (("dense_grad", self.plan.dense_grad), ("moments", self.plan.moments))
-                if value in (False, "reset")
+                for name in ("dense_grad", "moments", "after_freeze")
+                if (value := getattr(self.plan, name)) in (False, "reset", "inside")
             ]
             if needs:
                 raise ValueError(f"optimizer is None, but PruningPlan.{needs[0]} acts on it; pass it")
@@ -128,13 +107,15 @@ class Pruner:
             for pathway in self.pathways:
                 kept = int(layer.mask(pathway).sum())
                 totals[pathway] += kept
-                if self.plan.candidates == "kept" and self.plan.freeze != 0 and kept < least:
+                short = self.plan.scope == "layer" and kept < least
+                if self.plan.candidates == "kept" and self.plan.freeze != 0 and short:
                     raise ValueError(
                         f"{name}: pathway {pathway!r} keeps {kept} blocks, fewer than the {least} of "
                         f"sparsity {target}, and candidates = 'kept' brings none back; want init = 'dense'"
                     )
         for pathway, kept in totals.items():
-            if self.plan.freeze == 0 and abs(kept - (1.0 - target) * blocks) > len(self.layers):
+            unlike = abs(kept - (1.0 - target) * blocks) > len(self.layers) and self.plan.pattern is None
+            if self.plan.freeze == 0 and unlike:
                 raise ValueError(
                     f"pathway {pathway!r} has sparsity {1 - kept / blocks:.4f}, PruningPlan.schedule says {target} and "
                     "freeze = 0 never decides it: set or load the masks before making the Pruner"
@@ -173,7 +154,34 @@ class Pruner:
         self.steps = step
         self.batches[pathway] += 1
         due = self._due(pathway)
-        return self._decide(due, pathway) if due else None
+        event = self._decide(due, pathway) if due else None
+        if event is not None and self.plan.churn is not None:
+            self._adapt_gaps(event)
+        if self.plan.after_freeze == "inside" and step == self.plan.freeze:
+            self._stay_inside()
+        return event
+
+    def _stay_inside(self) -> None:
+        """From here on a pathway's updates stay inside its masks (variant B)."""
+        for layer in self.layers.values():
+            layer.dense_grad = False
+        if self._update is None and self._optimizer is not None:
+            weights = {name: layer.weight for name, layer in self.layers.items()}
+            self._update = MaskedUpdate(self._optimizer, weights)
+
+    def _adapt_gaps(self, event: PruneEvent) -> None:
+        """Decide more often what changes much, less often what hardly does."""
+        plan = self.plan
+        assert plan.churn is not None
+        exchanged = event.regrown / max(1.0, event.density * event.blocks)
+        for name in event.decided:
+            gap = self._gaps[name][0]
+            if exchanged > plan.churn:
+                gap = max(gap // 2, plan.interval // 8, 1)
+            elif exchanged < plan.churn / 2:
+                gap = min(gap * 2, plan.interval * 8)
+            count = self.steps if plan.masks == "shared" else self.batches[name]
+            self._gaps[name] = [gap, count + gap]
 
     def _trained(self, pathway: str | None) -> str:
         if pathway is None:
@@ -190,7 +198,7 @@ class Pruner:
     def _observe(self, memory: ScoreMemory, pathway: str, step: int) -> None:
         """Gradient scores of this batch enter the averages, of all layers or of none."""
         found = {
-            name: batch_importance(layer.weight, layer.weight.grad, layer.block)
+            name: batch_signal(layer.weight, layer.weight.grad, layer.block)
             for name, layer in self.layers.items()
             if layer.weight.grad is not None
         }
@@ -203,8 +211,8 @@ class Pruner:
         index = self.pathways.index(pathway)
         for name, layer in self.layers.items():
             # A layer that this batch did not use has zero gradient.
-            importance = found[name] if name in found else torch.zeros_like(layer.mask(pathway), dtype=torch.float32)
-            memory.add(name, index, len(self.pathways), importance)
+            signal = found[name] if name in found else torch.zeros_like(layer.mask(pathway), dtype=torch.float32)
+            memory.add(name, index, signal, self.batches[pathway] + 1)
 
     def _refuse_non_finite(self, scores: Masks, step: int, what: str) -> None:
         for name, finite in zip(scores, is_finite(list(scores.values())), strict=True):
@@ -224,7 +232,7 @@ class Pruner:
         if self.steps in (plan.freeze, plan.schedule_end):
             return self.pathways  # every pathway reaches the scheduled sparsity, however few batches it had
         count = self.steps if plan.masks == "shared" else self.batches[pathway]
-        if count % plan.interval:
+        if count % plan.interval if plan.churn is None else count < self._gaps[pathway][1]:
             return ()
         return self.pathways if plan.masks == "shared" else (pathway,)
 
@@ -234,54 +242,36 @@ class Pruner:
         if self._memory is None:
             score = magnitude(layer.weight, layer.block, self.plan.score)
             return score.expand(1 if self.plan.masks == "shared" else len(decided), *score.shape)
-        averages = [
-            self._memory.average(name, self.pathways.index(pathway), self.batches[pathway])
+        scores = [
+            self._memory.score(name, self.pathways.index(pathway), self.batches[pathway])
             for pathway in decided
             if self.batches[pathway]
         ]
         if self.plan.masks == "shared":
-            return torch.stack(averages).sum(0, keepdim=True)
-        if len(averages) < len(decided):
+            return torch.stack(scores).sum(0, keepdim=True)
+        if len(scores) < len(decided):
             unseen = next(pathway for pathway in decided if not self.batches[pathway])
             raise ValueError(
                 f"pathway {unseen!r} had no batch by step {self.steps}, so its masks cannot be decided by gradient; "
                 "train on it, or leave it out of PruningPlan.pathways"
             )
-        return torch.stack(averages)
+        return torch.stack(scores)
 
     def _decide(self, decided: tuple[str, ...], pathway: str) -> PruneEvent:
         sparsity = self.plan.schedule(self.steps)
         shared = self.plan.masks == "shared"
         scores = {name: self._scores(name, decided) for name in self.layers}
         self._refuse_non_finite(scores, self.steps, "the score of a block")
-        before, after = {}, {}
+        before = {}
         for name, layer in self.layers.items():
             old = torch.stack([layer.mask(each) for each in decided])
             before[name] = old.any(0, keepdim=True) if shared else old
-            after[name] = self._select(scores[name], before[name], sparsity)
+        after = select(self.plan, scores, before, sparsity)
         if distributed.several_processes():
             distributed.check_same_masks(after, self.steps)
         for name in self.layers:
             self._apply(name, decided, after[name].expand(len(decided), *after[name].shape[1:]))
-        kept, pruned, regrown, both, either, blocks = _counts(before, after)
-        return PruneEvent(
-            step=self.steps,
-            pathway=pathway,
-            decided=decided,
-            sparsity=sparsity,
-            density=kept / blocks,
-            pruned=pruned,
-            regrown=regrown,
-            iou=both / either if either else 1.0,
-        )
-
-    def _select(self, scores: Tensor, current: Tensor, sparsity: float) -> Tensor:
-        """Masks `[G, NB, KB]` from scores and current masks of the same shape."""
-        if self.plan.candidates == "all":
-            return torch.stack([topk_mask(score, sparsity) for score in scores])
-        # Scores are not negative: -1 ranks a pruned block behind every kept one.
-        ranked = torch.where(current, scores, -1.0)
-        return torch.stack([topk_mask(score, sparsity) for score in ranked]) & current
+        return PruneEvent.of(self.steps, pathway, decided, sparsity, before, after)
 
     def _apply(self, name: str, decided: tuple[str, ...], masks: Tensor) -> None:
         layer = self.layers[name]
@@ -304,7 +294,8 @@ class Pruner:
             "plan": self.plan.to_dict(),
             "steps": self.steps,
             "batches": dict(self.batches),
-            "averages": {name: value.clone() for name, value in self._memory.averages.items()} if self._memory else {},
+            "gaps": {name: list(gap) for name, gap in self._gaps.items()} if self.plan.churn is not None else {},
+            "averages": {name: value.clone() for name, value in self._memory.tensors.items()} if self._memory else {},
             "fingerprints": self._fingerprints(),
         }
 
@@ -332,8 +323,12 @@ class Pruner:
                 )
         self.steps = int(state["steps"])
         self.batches = {name: int(state["batches"][name]) for name in self.pathways}
+        for name, (gap, due) in state.get("gaps", {}).items():
+            self._gaps[name] = [int(gap), int(due)]
+        if self.plan.after_freeze == "inside" and self.steps >= (self.plan.freeze or 0):
+            self._stay_inside()
         if self._memory is not None:
-            self._memory.averages = {
+            self._memory.tensors = {
                 name: value.to(self.layers[name].weight.device, copy=True) for name, value in state["averages"].items()
             }
 
@@ -355,12 +350,3 @@ class Pruner:
 def _dense(mask: Tensor, layer: SparseLinear) -> Tensor:
     """Block mask to bool `[N, K]`."""
     return expand_mask(mask, layer.block, (layer.out_features, layer.in_features))
-
-
-def _counts(before: Masks, after: Masks) -> list[int]:
-    """Over all layers: kept after, pruned, regrown, intersection, union, blocks. One transfer."""
-    rows = [
-        torch.stack([new.sum(), (old & ~new).sum(), (new & ~old).sum(), (old & new).sum(), (old | new).sum()])
-        for old, new in ((before[name], after[name]) for name in before)
-    ]
-    return [*torch.stack(rows).sum(0).tolist(), sum(mask.numel() for mask in after.values())]

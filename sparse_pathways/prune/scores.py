@@ -1,4 +1,4 @@
-"""What ranks the blocks of a layer. A score is plain data; what it remembers between steps lives in `ScoreMemory`."""
+"""What ranks the blocks of a layer. A score is plain data; what it remembers between steps lives in a memory."""
 
 from __future__ import annotations
 
@@ -48,45 +48,146 @@ class Gradient:
             raise ValueError(f"Gradient.decay = {self.decay}; want 0 <= decay < 1 (0 = the last batch alone)")
 
 
-Score = Magnitude | Gradient
-BY_NAME: dict[str, type[Magnitude] | type[Gradient]] = {"magnitude": Magnitude, "gradient": Gradient}
+@dataclass(frozen=True)
+class Movement:
+    """How far training pushes the block away from zero: the sum of -w * dL/dw over the block and over the batches of
+    the pathway.
+
+    Attributes:
+        decay: what is left of the sum after each batch of the pathway, in (0, 1]; 1: all batches count the same.
+
+    Source: movement pruning (arXiv 2005.07683, equation 3), per block and per pathway.
+    """
+
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.decay <= 1.0:
+            raise ValueError(f"Movement.decay = {self.decay}; want 0 < decay <= 1 (1 = all batches count the same)")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Block scores of every pathway, trained by Adam through a straight-through gate: the forward product uses the mask
+    of the highest scores, the backward one treats a block's gate as its score, dL/dscore = sum over the block of
+    w * dL/dw.
+
+    Scores start from the magnitude of the blocks, divided by its mean over the layer.
+
+    Attributes:
+        lr: of Adam, in units of the layer's mean magnitude per batch of the pathway.
+
+    Source: straight-through scores (arXiv 1911.13299), with Adam, per block and per pathway.
+    """
+
+    lr: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0.0:
+            raise ValueError(f"Learned.lr = {self.lr}; want more than 0")
+
+
+Score = Magnitude | Gradient | Movement | Learned
+BY_NAME: dict[str, type[Magnitude] | type[Gradient] | type[Movement] | type[Learned]] = {
+    "magnitude": Magnitude,
+    "gradient": Gradient,
+    "movement": Movement,
+    "learned": Learned,
+}
 
 
 def as_score(score: Score | str) -> Score:
-    """A score from its name ("magnitude", "gradient") with default settings; a score object passes through."""
+    """A score from its name ("magnitude", "gradient", ...) with default settings; a score object passes through."""
     if isinstance(score, str):
         if score not in BY_NAME:
             raise ValueError(f"score = {score!r}; choose one of {', '.join(BY_NAME)}")
         return BY_NAME[score]()
-    if not isinstance(score, (Magnitude, Gradient)):
+    if not isinstance(score, tuple(BY_NAME.values())):
         raise TypeError(f"score is a {type(score).__name__}; want one of {', '.join(BY_NAME)}, Magnitude(), Gradient()")
     return score
 
 
-def batch_importance(weight: Tensor, grad: Tensor, block: tuple[int, int]) -> Tensor:
-    """|sum over the block of w * g| of one batch, float32 `[NB, KB]`, from weight and gradient `[N, K]`."""
-    return block_sums(weight.float() * grad.float(), block).abs()
+def batch_signal(weight: Tensor, grad: Tensor, block: tuple[int, int]) -> Tensor:
+    """Sum over the block of w * g of one batch, float32 `[NB, KB]`, from weight and gradient `[N, K]`."""
+    return block_sums(weight.float() * grad.float(), block)
 
 
 class ScoreMemory:
-    """Moving averages of `Gradient`, per layer float32 `[P, NB, KB]` over the governed pathways.
+    """What a score keeps between steps, per layer float32 `[P, slots, NB, KB]` over the governed pathways.
 
-    Start at zero; `average` removes the bias towards it.
+    `add` takes the signal of one batch of a pathway, `score` gives what its blocks rank by.
     """
 
+    slots = 1
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def start(self, layer: str, pathways: int, magnitude: Tensor) -> None:
+        """Make room for a layer whose blocks have `magnitude` `[NB, KB]`."""
+        self.tensors[layer] = magnitude.new_zeros(pathways, self.slots, *magnitude.shape)
+
+    def add(self, layer: str, index: int, signal: Tensor, batches: int) -> None:
+        """Batch number `batches` of pathway `index`, its `signal` `[NB, KB]` from `batch_signal`."""
+        raise NotImplementedError
+
+    def score(self, layer: str, index: int, batches: int) -> Tensor:
+        """Scores `[NB, KB]` of pathway `index` after `batches` of its batches."""
+        return self.tensors[layer][index, 0]
+
+
+class _GradientMemory(ScoreMemory):
     def __init__(self, decay: float) -> None:
+        super().__init__()
         self.decay = decay
-        self.averages: dict[str, Tensor] = {}
 
-    def add(self, layer: str, index: int, pathways: int, importance: Tensor) -> None:
-        """One batch of pathway `index` enters the average of `layer`."""
-        if layer not in self.averages:
-            self.averages[layer] = importance.new_zeros(pathways, *importance.shape)
-        self.averages[layer][index].mul_(self.decay).add_(importance, alpha=1.0 - self.decay)
+    def add(self, layer: str, index: int, signal: Tensor, batches: int) -> None:
+        self.tensors[layer][index, 0].mul_(self.decay).add_(signal.abs(), alpha=1.0 - self.decay)
 
-    def average(self, layer: str, index: int, batches: int) -> Tensor:
-        """Unbiased average `[NB, KB]` of pathway `index` after `batches` of its batches."""
-        return self.averages[layer][index] / (1.0 - self.decay**batches)
+    def score(self, layer: str, index: int, batches: int) -> Tensor:
+        return self.tensors[layer][index, 0] / (1.0 - self.decay**batches)  # without the bias towards the zero start
+
+
+class _MovementMemory(ScoreMemory):
+    def __init__(self, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+
+    def add(self, layer: str, index: int, signal: Tensor, batches: int) -> None:
+        self.tensors[layer][index, 0].mul_(self.decay).sub_(signal)
+
+
+class _LearnedMemory(ScoreMemory):
+    slots = 3  # score, and Adam's two averages
+    betas = (0.9, 0.98)
+    epsilon = 1e-12  # signals of a block may be small against 1
+
+    def __init__(self, lr: float) -> None:
+        super().__init__()
+        self.lr = lr
+
+    def start(self, layer: str, pathways: int, magnitude: Tensor) -> None:
+        super().start(layer, pathways, magnitude)
+        self.tensors[layer][:, 0] = magnitude / magnitude.mean().clamp_min(torch.finfo(torch.float32).tiny)
+
+    def add(self, layer: str, index: int, signal: Tensor, batches: int) -> None:
+        score, first, second = self.tensors[layer][index]
+        first.mul_(self.betas[0]).add_(signal, alpha=1.0 - self.betas[0])
+        second.mul_(self.betas[1]).addcmul_(signal, signal, value=1.0 - self.betas[1])
+        size = (second / (1.0 - self.betas[1] ** batches)).sqrt_().add_(self.epsilon)
+        score.addcdiv_(first, size, value=-self.lr / (1.0 - self.betas[0] ** batches))
+
+
+def memory_of(score: Score) -> ScoreMemory | None:
+    """An empty memory; None for a score that reads the weights alone."""
+    match score:
+        case Gradient(decay):
+            return _GradientMemory(decay)
+        case Movement(decay):
+            return _MovementMemory(decay)
+        case Learned(lr):
+            return _LearnedMemory(lr)
+    return None
 
 
 def magnitude(weight: Tensor, block: tuple[int, int], score: Score) -> Tensor:

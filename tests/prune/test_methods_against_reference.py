@@ -4,6 +4,7 @@ The reference shares no code with the package: dense products, block sums by ind
 """
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -60,21 +61,29 @@ def top(scores, candidates, sparsity):
     return mask
 
 
-def reference(model, batches, make_optimizer, *, shared, inside, score, fixed=None, cubic=True, masks=None, begin=0.0):
+def reference(
+    model, batches, make_optimizer, *, shared, inside, score, fixed=None, cubic=True, masks=None, begin=0.0, after=False
+):
     """Train `model` (Linear, Tanh, Linear), yield ([weights], {language: [block masks, flat]}) after every step.
 
     shared: one mask. inside: variant B (update and candidates inside the mask, moments of lost blocks zeroed).
     fixed: masks that stay. cubic: False: TARGET from the start. masks, begin: those to begin with, and their sparsity.
+    after: updates inside the mask once masks are fixed.
     """
     weights, biases = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
     index = [block_index(w) for w in weights]
     full = {name: [torch.ones(int(i.max()) + 1, dtype=torch.bool) for i in index] for name in LANGUAGES}
     masks = dict(fixed or masks or full)
     average = {name: [torch.zeros(int(i.max()) + 1) for i in index] for name in LANGUAGES}
+    if score == "learned":  # scores from relative magnitudes, trained by Adam
+        norms = [block_sum(w.detach().float().square(), i).sqrt() for w, i in zip(weights, index, strict=True)]
+        average = {name: [(n / n.mean()).requires_grad_() for n in norms] for name in LANGUAGES}
+        adam = {name: torch.optim.Adam(average[name], lr=0.02, betas=(0.9, 0.98), eps=1e-12) for name in LANGUAGES}
     seen = dict.fromkeys(LANGUAGES, 0)
     optimizer = make_optimizer(model.parameters())
     for step, (name, x, y) in enumerate(batches, 1):
         dense = [m[i] for m, i in zip(masks[name], index, strict=True)]
+        inside = inside or (after and step > FREEZE)
         used = [w * d if inside else w + (w * d - w).detach() for w, d in zip(weights, dense, strict=True)]
         loss = F.mse_loss(F.linear(torch.tanh(F.linear(x, used[0], biases[0])), used[1], biases[1]), y)
         optimizer.zero_grad()
@@ -93,6 +102,12 @@ def reference(model, batches, make_optimizer, *, shared, inside, score, fixed=No
                 if score == "gradient":
                     importance = block_sum(w.float() * w.grad.float(), index[layer]).abs()
                     average[name][layer] = 0.98 * average[name][layer] + 0.02 * importance
+                elif score == "movement":
+                    average[name][layer] -= block_sum(w.float() * w.grad.float(), index[layer])
+                elif score == "learned" and step <= FREEZE:
+                    average[name][layer].grad = block_sum(w.float() * w.grad.float(), index[layer])
+            if score == "learned" and step <= FREEZE:
+                adam[name].step()
             s = TARGET + (begin - TARGET) * (1 - min(1, step / (STEPS // 2))) ** 3 if cubic else TARGET
             count = step if shared else seen[name]
             everyone = step == FREEZE or (cubic and step == STEPS // 2)
@@ -146,6 +161,18 @@ CASES = {
     "dynamic-gradient-constant": (
         prune.methods.dynamic_asr_pathways(LANGUAGES, TARGET, **{**COMMON, "schedule": Constant(TARGET)}),
         dict(shared=False, inside=False, score="gradient", cubic=False),
+    ),
+    "dynamic-movement": (
+        prune.methods.dynamic_asr_pathways(LANGUAGES, TARGET, score="movement", **COMMON),
+        dict(shared=False, inside=False, score="movement"),
+    ),
+    "dynamic-learned": (
+        prune.methods.dynamic_asr_pathways(LANGUAGES, TARGET, score="learned", **COMMON),
+        dict(shared=False, inside=False, score="learned"),
+    ),
+    "dynamic-inside-after-freeze": (
+        dataclasses.replace(prune.methods.dynamic_asr_pathways(LANGUAGES, TARGET, **COMMON), after_freeze="inside"),
+        dict(shared=False, inside=False, score="gradient", after=True),
     ),
     "dynamic-variant-B": (
         prune.methods.dynamic_asr_pathways(LANGUAGES, TARGET, score="magnitude", dense_grad=False, **COMMON),

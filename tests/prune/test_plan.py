@@ -4,7 +4,7 @@ import json
 import pytest
 
 from sparse_pathways.mask import Constant, Cubic, Milestones
-from sparse_pathways.prune import Gradient, Magnitude, PruningPlan, methods
+from sparse_pathways.prune import Gradient, Magnitude, Movement, PruningPlan, methods
 
 PLANS = {
     "constant": PruningPlan(schedule=Constant(0.7), interval=10),
@@ -16,6 +16,10 @@ PLANS = {
     "lap": methods.lap(("en", "fr"), 0.9, steps=1000, start=0.2),
     "asr_pathways": methods.asr_pathways(("en", "fr"), 0.9),
     "dynamic": methods.dynamic_asr_pathways(["en", "fr"], sparsity=0.7, score=Gradient(0.9), steps=400),
+    "movement": methods.dynamic_asr_pathways(["en", "fr"], sparsity=0.7, score=Movement(0.99), steps=400),
+    "learned": methods.dynamic_asr_pathways(["en", "fr"], sparsity=0.7, score="learned", steps=400),
+    "two-of-four": PruningPlan(schedule=Milestones(((0, 0.0), (9, 0.5))), interval=3, scope="2:4"),
+    "global-churn": PruningPlan(schedule=Constant(0.5), interval=3, scope="global", floor=0.1, churn=0.05, freeze=9),
     "dynamic-B": methods.dynamic_asr_pathways(["en", "fr"], score="magnitude", dense_grad=False),
 }
 
@@ -50,11 +54,32 @@ BAD = [
     ("freeze-zero-rising", dict(schedule=Cubic(0, 0.7, 0, 100), freeze=0), ValueError, r"schedule = Cubic.*Constant"),
     ("score-name", dict(score="taylor"), ValueError, r"score = 'taylor'; choose one of magnitude, gradient"),
     ("score-type", dict(score=3), TypeError, r"score is a int; want one of"),
-    ("scope", dict(scope="global"), ValueError, r"PruningPlan\.scope = 'global'; choose one of layer"),
+    ("scope", dict(scope="model"), ValueError, r"PruningPlan\.scope = 'model'; choose layer, global, or N:M"),
+    ("scope-pattern", dict(scope="4:2"), ValueError, r"PruningPlan\.scope = '4:2'; choose layer, global, or N:M"),
+    (
+        "pattern-sparsity",
+        dict(scope="2:4"),
+        ValueError,
+        r"'2:4' knows the sparsities 0 and 0\.5, but",
+    ),
+    ("floor", dict(scope="global", floor=20), ValueError, r"PruningPlan\.floor = 20; want a share between 0 and 1"),
+    (
+        "churn",
+        dict(churn=5),
+        ValueError,
+        r"PruningPlan\.churn = 5; want a share of the kept blocks",
+    ),
+    (
+        "after_freeze",
+        dict(after_freeze="inside"),
+        ValueError,
+        r"after_freeze = 'inside' with freeze = None",
+    ),
+    ("after_freeze-name", dict(after_freeze="B"), ValueError, r"PruningPlan\.after_freeze = 'B'; choose one of same"),
     ("candidates", dict(candidates="some"), ValueError, r"PruningPlan\.candidates = 'some'; choose one of all, kept"),
     ("masks", dict(masks="both"), ValueError, r"PruningPlan\.masks = 'both'; choose one of own, shared"),
     ("moments", dict(moments="forget"), ValueError, r"PruningPlan\.moments = 'forget'; choose one of keep, reset"),
-    ("init", dict(init="random"), ValueError, r"PruningPlan\.init = 'random'; choose one of current, dense"),
+    ("init", dict(init="luck"), ValueError, r"PruningPlan\.init = 'luck'; choose one of current, dense"),
     ("dense_grad", dict(dense_grad="A"), TypeError, r"PruningPlan\.dense_grad = 'A'; want True .* or False"),
     ("pathways-string", dict(pathways="en"), TypeError, r"pathways = 'en'; want a sequence"),
     ("pathways-twice", dict(pathways=("en", "en")), ValueError, r"names must be distinct"),

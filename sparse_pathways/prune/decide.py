@@ -1,0 +1,82 @@
+"""From scores to masks, as a plan says: the initial ones and every later decision."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_pathways.mask import global_masks, nm_mask, topk_mask
+from sparse_pathways.nn import SparseLinear
+from sparse_pathways.prune.plan import PruningPlan
+from sparse_pathways.prune.scores import magnitude
+
+Masks = dict[str, Tensor]  # layer to bool [G, NB, KB]
+
+
+def select(plan: PruningPlan, scores: Mapping[str, Tensor], current: Mapping[str, Tensor], sparsity: float) -> Masks:
+    """Masks from scores.
+
+    Args:
+        plan: its `candidates`, `scope` and `floor` are read.
+        scores: per layer `[G, NB, KB]`, one grid per mask to decide.
+        current: bool, of the same shapes: what is kept now.
+        sparsity: to reach.
+
+    Returns:
+        Bool, of the same shapes.
+    """
+    if plan.candidates == "kept":  # a pruned block ranks behind every kept one
+        scores = {name: torch.where(current[name], score, -torch.inf) for name, score in scores.items()}
+    if plan.scope == "global":
+        count = next(iter(scores.values())).shape[0]
+        decided = [global_masks([score[g] for score in scores.values()], sparsity, plan.floor) for g in range(count)]
+        masks = {name: torch.stack(parts) for name, parts in zip(scores, zip(*decided, strict=True), strict=True)}
+    else:
+        masks = {name: torch.stack([_one(plan, grid, sparsity) for grid in score]) for name, score in scores.items()}
+    if plan.candidates == "kept":
+        masks = {name: mask & current[name] for name, mask in masks.items()}
+    return masks
+
+
+def _one(plan: PruningPlan, scores: Tensor, sparsity: float) -> Tensor:
+    if plan.pattern is None:
+        return topk_mask(scores, sparsity)
+    return nm_mask(scores, *plan.pattern) if sparsity else torch.ones_like(scores, dtype=torch.bool)
+
+
+@torch.no_grad()
+def set_initial_masks_(layers: Mapping[str, SparseLinear], pathways: Sequence[str], plan: PruningPlan) -> None:
+    """Give the layers the masks that `plan.init` names, before any step.
+
+    Args:
+        layers: by name.
+        pathways: governed by the plan.
+        plan: its `init`, `schedule(0)`, `score` and what `select` reads.
+    """
+    if plan.init == "current":
+        return
+    current = {name: torch.stack([layer.mask(one) for one in pathways]) for name, layer in layers.items()}
+    if plan.init == "dense":
+        masks = {name: torch.ones_like(mask) for name, mask in current.items()}
+    else:
+        scores = {name: _initial_scores(name, layer, pathways, plan) for name, layer in layers.items()}
+        masks = select(plan, scores, current, plan.schedule(0))
+    for name, layer in layers.items():
+        for pathway, mask in zip(pathways, masks[name], strict=True):
+            layer.set_mask_(mask, pathway)
+
+
+def _initial_scores(name: str, layer: SparseLinear, pathways: Sequence[str], plan: PruningPlan) -> Tensor:
+    """`[P, NB, KB]`: magnitudes, the same for all; or random numbers that name and pathway decide."""
+    score = magnitude(layer.weight, layer.block, plan.score)
+    if plan.init == "magnitude":
+        return score.expand(len(pathways), *score.shape)
+    # A shared mask is one draw; a pathway's own mask depends on its name, not on the order of the pathways.
+    draws = []
+    for pathway in pathways:
+        seed = zlib.crc32(f"{name}/{'' if plan.masks == 'shared' else pathway}".encode())
+        draws.append(torch.rand(score.shape, generator=torch.Generator().manual_seed(seed)))
+    return torch.stack(draws).to(score.device)
