@@ -5,6 +5,8 @@ has the same steps and batches; what a method spends before it is counted beside
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import sparse_pathways as sp
 from experiments.stages import LANGUAGES, Cell, Study, check_cells
@@ -20,6 +22,8 @@ JOINT = 1000  # steps of the joint phase of every multilingual method
 PER_LANGUAGE = 250  # steps per language of the pruning runs that make LSP masks
 POOLED = 400  # steps of the pruning run that makes LAP masks to start from
 ALONE = 600  # steps of every monolingual method
+
+FIRST = ("dynamic-inside", "dynamic-distil", "dynamic-learned", "dynamic-movement")  # of the options
 
 Phases = tuple[sp.Phase, ...]
 m = sp.methods
@@ -152,17 +156,78 @@ def controls() -> Iterator[Cell]:
     yield from cells_of([scored], 0.9)
 
 
+def wg(s: float = 0.9, steps: int = JOINT, **settings: Any) -> sp.PruningPlan:
+    """The language-aware plan; `settings` of the method, or fields of the plan."""
+    fields = {name: settings.pop(name) for name in ("after_freeze", "churn", "scope") if name in settings}
+    score = settings.pop("score", "gradient")
+    return replace(m.dynamic_asr_pathways(LANGUAGES, s, steps=steps, score=score, **settings), **fields)
+
+
+def option_cells(seeds: tuple[int, ...] = SEEDS[:2], s: float = 0.9) -> Iterator[Cell]:
+    """Table C: one thing changed at a time, at equal steps, then what is longer."""
+    plans: dict[str, tuple[str, sp.PruningPlan, int, dict[str, Any]]] = {
+        "inside": ("updates inside pathways once fixed", wg(after_freeze="inside"), JOINT, {}),
+        "distil": ("distilled from dense", wg(), JOINT, {"distil": 1.0}),
+        "learned": ("scores learned, straight-through", wg(score="learned"), JOINT, {}),
+        "movement": ("movement score", wg(score="movement"), JOINT, {}),
+        "decay90": ("shorter average (0.9)", wg(score=sp.Gradient(0.9)), JOINT, {}),
+        "decay995": ("longer average (0.995)", wg(score=sp.Gradient(0.995)), JOINT, {}),
+        "often": ("decided 4 x as often", wg(interval=JOINT // 400), JOINT, {}),
+        "seldom": ("decided a quarter as often", wg(interval=JOINT // 25), JOINT, {}),
+        "churn": ("interval by churn (5 %)", wg(churn=0.05), JOINT, {}),
+        "start50": ("start: 50 % by magnitude", wg(start=0.5, init="magnitude"), JOINT, {}),
+        "global": ("one ranking for all layers", wg(scope="global"), JOINT, {}),
+        "unstructured": ("single weights (1x1)", wg(), JOINT, {"block": [1, 1]}),
+        "variant-b": ("updates inside pathways always", wg(dense_grad=False), JOINT, {}),
+        "late": ("masks fixed at 90 % of the run", wg(freeze=round(0.9 * JOINT)), JOINT, {}),
+        "long": ("twice the steps", wg(steps=2 * JOINT), 2 * JOINT, {}),
+        "inside-distil": ("inside, distilled", wg(after_freeze="inside"), JOINT, {"distil": 1.0}),
+    }
+    lap_plans = {
+        "lap-long": ("LAP, twice the steps", m.lap(LANGUAGES, s, steps=2 * JOINT), 2 * JOINT, {}),
+        "lap-distil": ("LAP, distilled from dense", m.lap(LANGUAGES, s, steps=JOINT), JOINT, {"distil": 1.0}),
+    }
+    for seed in seeds:
+        for name, (row, plan, steps, settings) in {**plans, **lap_plans}.items():
+            phases = single(plan, steps)
+            name = name if name.startswith("lap") else f"dynamic-{name}"
+            yield Cell(row=row, name=name, phases=phases, sparsity=s, seed=seed, settings=settings)
+        final = m.joint(single(wg()), m.asr_pathways(LANGUAGES, s), JOINT, name="refit")
+        fixed = m.joint(lsp(s), m.asr_pathways(LANGUAGES, s), JOINT)
+        sources = {
+            "pathways-refit": ("fixed masks from the end of a dynamic run", final),
+            "pathways-lsp-distil": ("ASR Pathways, LSP masks, distilled", fixed),
+            "dynamic-lsp50-wg": ("start: LSP masks, 50 %", dynamic_from(lsp(0.5), 0.5, s, "given")),
+            "dynamic-lap50-wg": ("start: LAP mask and weights, 50 %", dynamic_from(lap(0.5), 0.5, s, "source")),
+        }
+        for name, (row, phases) in sources.items():
+            settings = {"distil": 1.0} if name.endswith("distil") else {}
+            yield Cell(row=row, name=name, phases=phases, sparsity=s, seed=seed, settings=settings)
+
+
+def pattern_cells() -> Iterator[Cell]:
+    """2:4 on single weights, as GPUs have it, beside blocks of the same sparsity (in the sweep)."""
+    half = sp.Milestones(((0, 0.0), (JOINT // 4, 0.5)))
+    plan = replace(wg(0.5, steps=JOINT), schedule=half, scope="2:4")
+    row = ("2:4 of single weights", "dynamic-2of4", single(plan))
+    for seed in SEEDS[:2]:
+        yield Cell(row=row[0], name=row[1], phases=row[2], sparsity=0.5, seed=seed, settings={"block": [1, 1]})
+
+
 def all_cells() -> tuple[Cell, ...]:
     """Every cell, in order of priority."""
     return check_cells(
         [
             *dense_cells(),
             *main_cells(0.9),
+            *(cell for cell in option_cells() if cell.name in FIRST),
             *cells_of([dynamic_magnitude_row(0.9), dynamic_lap_row(0.7, 0.9)], 0.9),
             *main_cells(0.7),
             *controls(),
-            *sweep(),
+            *option_cells(),
             *table_b(),
             *table_a(),
+            *sweep(),
+            *pattern_cells(),
         ]
     )

@@ -252,6 +252,8 @@ class PruneConfig(RunConfig):
             method then trains on from these. None: the masks of the start model.
         source_sparsity: Of the masks that source makes; None: the final sparsity.
         source_steps: Steps of the run, or of each run, that source makes.
+        distil: Weight of the distance between the outputs of the model and those of the start model, beside the other
+            losses. 0: the start model does not teach.
     """
 
     start: Path
@@ -268,11 +270,13 @@ class PruneConfig(RunConfig):
     source: str | None = None
     source_sparsity: float | None = None
     source_steps: int = 250
+    distil: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _share(self, "sparsity")
         _at_least(self, 1, "source_steps")
+        _at_least(self, 0, "distil")
         if self.source not in (None, "lap", "lsp"):
             raise ValueError(f"PruneConfig.source = {self.source!r}; want lap, lsp or nothing")
         if self.source_sparsity is not None and not 0.0 <= self.source_sparsity <= self.sparsity:

@@ -30,8 +30,9 @@ from .checkpoint import CHECKPOINT, MODEL, model_content, read, write
 from .config import RunConfig
 from .corpus import read_manifest
 from .evaluate import average_wer, evaluate, load_examples
-from .loss import transducer_loss
+from .loss import distillation_loss, transducer_loss
 from .model import Recogniser
+from .transcribe import language_pathway
 
 LOG = "log.jsonl"
 DESCRIPTION = "config.json"
@@ -122,6 +123,7 @@ class Run:
         corpus: Corpus,
         pruner: Any = None,
         ctc_only_steps: int = 0,
+        teacher: Recogniser | None = None,
     ) -> Path:
         """Train to the last step, from the checkpoint if there is one; returns the run folder.
 
@@ -131,8 +133,10 @@ class Run:
             corpus: What to draw batches from.
             pruner: Decides masks after every step.
             ctc_only_steps: Steps at the start without the RNN-T loss.
+            teacher: Model whose outputs are to be followed, with the weight `config.distil`.
         """
         fit = _Fit(self.config, self._accelerator, self._described, model, optimizer, corpus, pruner, ctc_only_steps)
+        fit.teacher = None if teacher is None else teacher.to(self.device).eval().requires_grad_(False)
         if self.checkpoint is not None:
             fit.restore(self.checkpoint)
         fit.run()
@@ -141,6 +145,8 @@ class Run:
 
 class _Fit:
     """The state of a run that moves."""
+
+    teacher: Recogniser | None = None
 
     def __init__(
         self,
@@ -291,10 +297,22 @@ class _Fit:
             rnnt = transducer_loss(logits, batch.targets, lengths, batch.target_lengths, self.model.blank)
             parts["rnnt"] = rnnt.sum() / tokens
             loss = parts["rnnt"] + self.config.ctc_weight * parts["ctc"]
+            if self.teacher is not None:
+                parts["distil"] = self.distance(self.teacher, batch, logits, ctc_logits, lengths)
+                loss = loss + self.config.distil * parts["distil"]  # type: ignore[attr-defined]
         for name, value in (parts | {"loss": loss}).items():
             self.sums[name] += value.detach()
         self.summed += 1
         return loss
+
+    def distance(
+        self, teacher: Recogniser, batch: Batch, logits: Tensor, ctc_logits: Tensor, lengths: Tensor
+    ) -> Tensor:
+        """How far the outputs are from the teacher's: joiner, and CTC by its weight."""
+        with torch.no_grad(), language_pathway(teacher, batch.language):
+            wanted, wanted_ctc, _ = teacher(batch.feats, batch.lengths, batch.targets, batch.target_lengths)
+        joiner = distillation_loss(logits, wanted, lengths, batch.target_lengths + 1)
+        return joiner + self.config.ctc_weight * distillation_loss(ctc_logits, wanted_ctc, lengths)
 
     def report(self) -> str:
         """Log the means since the last report; returns them for the progress bar."""

@@ -43,6 +43,28 @@ def transducer_loss(
     return _Lattice.apply(blank_log, label_log, logit_lengths.long(), target_lengths.long())
 
 
+def distillation_loss(student: Tensor, teacher: Tensor, frames: Tensor, states: Tensor | None = None) -> Tensor:
+    """Mean distance of two models' output distributions: KL(teacher || student) over the cells of all utterances.
+
+    Args:
+        student: logits `[B, T, V]` (CTC) or `[B, T, U + 1, V]` (joiner); computed on in float32.
+        teacher: logits of the same shape; gets no gradient.
+        frames: `[B]`, valid frames of each utterance.
+        states: `[B]`, valid states (target length + 1) of each utterance; None for logits without states.
+
+    Returns:
+        Scalar, in nats per cell.
+
+    Source: distilling the RNN-T lattice, arXiv 2011.06110, over all symbols instead of three groups of them.
+    """
+    valid = torch.arange(student.shape[1], device=student.device) < frames[:, None]
+    if states is not None:
+        valid = valid[:, :, None] & (torch.arange(student.shape[2], device=student.device) < states[:, None])[:, None]
+    wanted = teacher.detach()[valid].float().log_softmax(-1)
+    got = student[valid].float().log_softmax(-1)
+    return functional.kl_div(got, wanted, log_target=True, reduction="sum") / valid.sum()
+
+
 def _skew(x: Tensor) -> Tensor:
     """`[B, T, U]` -> `[B, U, T + U - 1]`: cell (t, u) moves to column t + u, so that diagonals become columns."""
     batch, frames, states = x.shape

@@ -106,9 +106,9 @@ def prune_phase(config: PruneConfig, phase: sp.Phase, models: Mapping[str, Path]
         model, plan = _begun(config, phase, models)
     model.to(run.device)
     optimizer = _adamw(model, config)
-    return run.fit(
-        model, optimizer, run.load_corpus(plan.pathways or model.languages), sp.Pruner(model, plan, optimizer)
-    )
+    corpus = run.load_corpus(plan.pathways or model.languages)
+    teacher = load_model(config.start) if config.distil else None
+    return run.fit(model, optimizer, corpus, sp.Pruner(model, plan, optimizer), teacher=teacher)
 
 
 def _begun(config: PruneConfig, phase: sp.Phase, models: Mapping[str, Path]) -> tuple[Recogniser, sp.PruningPlan]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchaudio.functional import rnnt_loss
 
-from sparse_pathways.asr.loss import transducer_loss
+from sparse_pathways.asr.loss import distillation_loss, transducer_loss
 
 CASES = {  # B, T, U, V
     "one-cell": (1, 1, 1, 3),
@@ -59,3 +59,24 @@ def test_padding_has_neither_value_nor_gradient(rng):
 def test_targets_must_fit_the_logits():
     with pytest.raises(ValueError, match=r"targets \(2, 3\); want \(2, 4\)"):
         transducer_loss(torch.zeros(2, 3, 5, 4), torch.zeros(2, 3), torch.tensor([3, 3]), torch.tensor([3, 3]), 3)
+
+
+def test_distillation_is_the_mean_divergence_over_valid_cells():
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 2, 5, 4, 7, generator=draw)
+    frames, states = torch.tensor([5, 3]), torch.tensor([2, 4])
+    cells = []
+    for b in range(2):
+        for t in range(int(frames[b])):
+            for u in range(int(states[b])):
+                p, q = (one[b, t, u].double().softmax(-1) for one in (teacher, student))
+                cells.append(float((p * (p / q).log()).sum()))
+    student.requires_grad_()
+    loss = distillation_loss(student, teacher, frames, states)
+    assert loss.item() == pytest.approx(sum(cells) / len(cells), rel=1e-5)
+    loss.backward()
+    assert student.grad[1, 3:].abs().max() == 0 and student.grad[0, :, 2:].abs().max() == 0
+    assert student.grad[0, :, :2].abs().min() > 0
+    assert distillation_loss(teacher, teacher, frames, states).item() == pytest.approx(0, abs=1e-6)
+    flat = distillation_loss(student[:, :, 0], teacher[:, :, 0], frames)
+    assert flat.item() == pytest.approx(distillation_loss(student[:, :, :1], teacher[:, :, :1], frames, states).item())

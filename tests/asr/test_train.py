@@ -210,6 +210,23 @@ def test_fixed_masks_of_a_pruned_model(prune_config, tmp_path):
     assert not any("event" in line for line in log(second.out))
 
 
+def test_the_start_model_teaches(prune_config, tmp_path, monkeypatch):
+    straight = replace(prune_config, distil=0.5)
+    prune(straight)
+    torn = replace(straight, out=tmp_path / "torn")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3, signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            prune(torn)
+    prune(torn)
+    assert_same(checkpoint(straight.out), checkpoint(torn.out))
+    line = [line for line in log(straight.out) if "loss" in line][-1]
+    assert line["distil"] > 0
+    assert line["loss"] == pytest.approx(line["rnnt"] + 0.5 * line["ctc"] + 0.5 * line["distil"], rel=1e-3)
+    with pytest.raises(ValueError, match="distil = -1; want at least 0"):
+        replace(straight, distil=-1)
+
+
 @pytest.mark.parametrize(
     ("settings", "phases", "density"),
     [
