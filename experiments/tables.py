@@ -79,8 +79,8 @@ def _options(s: float) -> Table:
     rows = [ours, *((f"dynamic-{name}", s) for name in OPTIONS), *((name, s) for name in others)]
     return Table(
         f"Table C: what the paper left for later, {s:.0%} pruned",
-        "One thing changed at a time in dynamic pathways with the |w g| score; same steps but where the row says so. Two "
-        "seeds: read it as directions.",
+        "One thing changed at a time in dynamic pathways with the |w g| score; same steps but where the row says so. "
+        "Two seeds: read it as directions.",
         tuple(rows),
         ours,
         tuple(
@@ -113,7 +113,7 @@ def _difference(found: Difference | None) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _row_line(results: Results, row: Row, against: Row | None) -> str:

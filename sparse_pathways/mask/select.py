@@ -100,6 +100,6 @@ def nm_mask(scores: Tensor, keep: int, group: int) -> Tensor:
     columns = scores.shape[1]
     # Behind every block that is there: those of an incomplete last group.
     padded = F.pad(scores.detach(), (0, -columns % group), value=-torch.inf).unflatten(1, (-1, group))
-    order = padded.argsort(-1, descending=True, stable=True)
+    order = torch.argsort(padded, dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(padded, dtype=torch.bool).scatter_(-1, order[..., :keep], True)
     return mask.flatten(1)[:, :columns].contiguous()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 
 import sparse_pathways as sp
-from sparse_pathways.mask import Constant, Cubic, Milestones, pack_bits, unpack_bits
+from sparse_pathways.mask import Constant, Cubic, Milestones, global_masks, nm_mask, pack_bits, unpack_bits
 
 
 def slow_scores(weight, block, norm):
@@ -108,3 +108,28 @@ def test_bad_schedules_name_the_field(make, message):
 def test_bad_blocks_are_refused(block):
     with pytest.raises(ValueError, match="block = "):
         sp.block_scores(torch.zeros(8, 8), block)
+
+
+def test_nm_mask_keeps_the_highest_of_every_group():
+    scores = torch.tensor([[3.0, 1.0, 2.0, 4.0, 5.0, 5.0], [0.0, 0.0, 0.0, 0.0, -1.0, 7.0]])
+    mask = nm_mask(scores, 2, 4)
+    assert mask.int().tolist() == [[1, 0, 0, 1, 1, 1], [1, 1, 0, 0, 1, 1]]  # ties: the lower index
+    assert nm_mask(scores, 1, 4).int().tolist() == [[0, 0, 0, 1, 1, 0], [1, 0, 0, 0, 0, 1]]
+    with pytest.raises(ValueError, match="keep = 3 of group = 2"):
+        nm_mask(scores, 3, 2)
+    with pytest.raises(ValueError, match="NaN"):
+        nm_mask(scores * torch.nan, 1, 2)
+
+
+def test_global_masks_rank_all_layers_together():
+    scores = [torch.tensor([[9.0, 8.0], [1.0, 2.0]]), torch.tensor([[7.0, 3.0, 0.5, 0.1]])]
+    masks = global_masks(scores, 0.5)
+    assert [mask.int().flatten().tolist() for mask in masks] == [[1, 1, 0, 0], [1, 1, 0, 0]]
+    assert [int(mask.sum()) for mask in global_masks(scores, 0.75)] == [2, 0]
+    assert [int(mask.sum()) for mask in global_masks(scores, 0.75, floor=1.0)] == [1, 1]
+    low = [one - 100 for one in scores]  # scores below zero are scores
+    assert [mask.tolist() for mask in global_masks(low, 0.5)] == [mask.tolist() for mask in masks]
+    with pytest.raises(ValueError, match="floor = 2"):
+        global_masks(scores, 0.5, floor=2)
+    with pytest.raises(ValueError, match="scores is empty"):
+        global_masks([], 0.5)

@@ -1,0 +1,164 @@
+"""Parts of a plan beyond the paper's methods: scopes, patterns, intervals that follow the churn, initial masks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import sparse_pathways as sp
+
+LANGUAGES = ("en", "fr")
+
+
+def run(toy, plan, steps=40, model=None):
+    model = toy.make_model() if model is None else model
+    optimizer = toy.adamw(model)
+    pruner = sp.Pruner(model, plan, optimizer)
+    events = []
+    toy.train(model, pruner, optimizer, toy.turns(steps), after=lambda step, name, event: events.append(event))
+    return model, pruner, [event for event in events if event is not None]
+
+
+def test_global_scope_meets_the_sparsity_over_all_layers_and_its_floor_in_each(toy):
+    plan = replace(sp.methods.dynamic_asr_pathways(LANGUAGES, 0.7, steps=40), scope="global", floor=0.5)
+    model, _, _ = run(toy, plan)
+    sizes = [layer.mask().numel() for layer in toy.layers_of(model).values()]
+    for name in LANGUAGES:
+        kept = toy.kept(model, name)
+        assert sum(kept) == round(0.3 * sum(sizes))
+        assert all(k >= round(0.15 * size) for k, size in zip(kept, sizes, strict=True))
+    assert toy.kept(model, "en") != toy.target(model, 0.7)  # layers differ
+
+
+@pytest.mark.parametrize("candidates", ["all", "kept"])
+def test_two_of_four_in_every_row(toy, candidates):
+    schedule = sp.Milestones(((0, 0.0), (8, 0.5)))
+    plan = sp.PruningPlan(schedule=schedule, interval=4, scope="2:4", candidates=candidates)
+    model = toy.make_model(block=(1, 1))
+    model, _, events = run(toy, plan, model=model)
+    assert events[0].density == 1.0
+    for name in LANGUAGES:
+        groups = model[2].mask(name).unflatten(1, (-1, 4))
+        assert (groups.sum(-1) == 2).all()
+        tail = model[0].mask(name)  # ten inputs: a last group of two keeps both
+        assert (tail[:, :8].unflatten(1, (-1, 4)).sum(-1) == 2).all() and tail[:, 8:].all()
+
+
+def test_single_weights_are_blocks_too(toy):
+    model = toy.make_model(block=(1, 1))
+    model, _, _ = run(toy, sp.methods.dynamic_asr_pathways(LANGUAGES, 0.8, steps=40), model=model)
+    for layer in toy.layers_of(model).values():
+        assert layer.mask("en").shape == layer.weight.shape
+        assert int(layer.mask("en").sum()) == round(0.2 * layer.weight.numel())
+
+
+@pytest.mark.parametrize("score", ["magnitude", "gradient", "movement", "learned"])
+@pytest.mark.parametrize("masks", ["own", "shared"])
+def test_every_score_ranks_own_and_shared_masks(toy, score, masks):
+    method = sp.methods.dynamic_asr_pathways if masks == "own" else sp.methods.lap
+    model, _, _ = run(toy, method(LANGUAGES, 0.6, steps=40, score=score))
+    assert toy.kept(model, "en") == toy.kept(model, "fr") == toy.target(model, 0.6)
+    overlap = float(sp.overlap(model)["total"][0, 1])
+    assert overlap == 1.0 if masks == "shared" or score == "magnitude" else overlap < 1.0
+
+
+def test_movement_keeps_what_training_pushes_away_from_zero():
+    layer = sp.SparseLinear(4, 2, bias=False, block=(1, 1), pathways=("a",))
+    plan = sp.methods.adaptive(("a",), 0.5, schedule=sp.Constant(0.5), interval=3, score="movement")
+    pruner = sp.Pruner(layer, plan, torch.optim.SGD(layer.parameters(), lr=0.0))
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[9.0, 9.0, 0.1, 0.1], [9.0, 9.0, 0.1, 0.1]]))
+    grown = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, 1.0, -1.0, -1.0]])  # descent shrinks the large, grows the small
+    for _ in range(3):
+        layer.weight.grad = grown.clone()
+        event = pruner.step("a")
+    assert event is not None and layer.mask("a").int().tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("masks", ["own", "shared"])
+def test_the_interval_follows_the_churn(toy, masks):
+    method = sp.methods.dynamic_asr_pathways if masks == "own" else sp.methods.lap
+    common = dict(schedule=sp.Constant(0.5), interval=4, score="magnitude", init="magnitude")
+    calm = replace(method(LANGUAGES, 0.5, **common), churn=0.9)
+    model = toy.make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # nothing changes
+    pruner, steps = sp.Pruner(model, calm, optimizer), []
+    names = ["en"] * 100
+    toy.train(model, pruner, optimizer, names, after=lambda step, name, event: steps.append(step) if event else None)
+    assert steps == [4, 12, 28, 60, 92]  # 4, doubled to 8, 16, 32 = 8 x 4, and no more
+    restless = replace(calm, churn=1e-9, score=sp.Gradient(0.0))
+    pruner, steps = sp.Pruner(toy.make_model(), restless, None), []
+    model = toy.make_model()
+    pruner = sp.Pruner(model, restless, None)
+    toy.train(model, pruner, toy.sgd(model), ["en"] * 12, after=lambda s, n, event: steps.append(s) if event else None)
+    if masks == "own":
+        assert steps == [4, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_random_masks_are_a_matter_of_names_alone(toy):
+    plan = sp.PruningPlan(schedule=sp.Constant(0.5), interval=1, freeze=0, init="random")
+    first, second = toy.make_model(), toy.make_model(("fr", "en"))
+    for model in (first, second):
+        sp.Pruner(model, plan, None)
+    for name in LANGUAGES:
+        assert toy.kept(first, name) == toy.target(first, 0.5)
+        assert torch.equal(first[0].mask(name), second[0].mask(name))
+    assert not torch.equal(first[0].mask("en"), first[0].mask("fr"))
+    assert not torch.equal(first[0].mask("en").flatten()[:40], first[2].mask("en").flatten()[:40])
+    sp.Pruner(first, replace(plan, masks="shared"), None)
+    assert torch.equal(first[0].mask("en"), first[0].mask("fr"))
+
+
+def test_once_masks_are_fixed_a_pathway_moves_its_own_weights_only(toy):
+    plan = replace(sp.methods.dynamic_asr_pathways(LANGUAGES, 0.6, steps=40), after_freeze="inside")
+    model = toy.make_model()
+    optimizer = toy.adamw(model)
+    pruner = sp.Pruner(model, plan, optimizer)
+    toy.train(model, pruner, optimizer, toy.turns(plan.freeze))
+    before = {name: layer.weight.detach().clone() for name, layer in toy.layers_of(model).items()}
+    toy.train(model, pruner, optimizer, ["en"] * 5, seed=3)
+    for name, layer in toy.layers_of(model).items():
+        inside = sp.expand_mask(layer.mask("en"), layer.block, tuple(layer.weight.shape))
+        assert torch.equal(layer.weight[~inside], before[name][~inside])
+        assert not torch.equal(layer.weight[inside], before[name][inside])
+    with pytest.raises(ValueError, match=r"optimizer is None, but PruningPlan\.after_freeze = 'inside' acts"):
+        sp.Pruner(toy.make_model(), plan, None)
+
+
+@pytest.mark.parametrize("stop", [7, 28, 33])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(score=sp.Learned(0.05)),
+        dict(score=sp.Movement(0.9), scope="global"),
+        dict(churn=0.05),
+        dict(after_freeze="inside"),
+    ],
+    ids=["learned", "movement-global", "churn", "inside"],
+)
+def test_a_resumed_run_has_the_same_bits(toy, change, stop, tmp_path):
+    plan = replace(sp.methods.dynamic_asr_pathways(LANGUAGES, 0.6, steps=40), **change)
+
+    def start():
+        model = toy.make_model()
+        optimizer = toy.adamw(model)
+        return model, sp.Pruner(model, plan, optimizer), optimizer
+
+    straight, resumed = start(), start()
+    toy.train(*straight, toy.turns(40)[:stop], seed=1)
+    torch.save([part.state_dict() for part in straight], tmp_path / "run.pt")
+    for part, state in zip(resumed, torch.load(tmp_path / "run.pt", weights_only=True), strict=True):
+        part.load_state_dict(state)
+    events = {}
+    for which, parts in (("straight", straight), ("resumed", resumed)):
+        seen = events[which] = []
+        toy.train(*parts, toy.turns(40)[stop:], seed=2, after=lambda step, name, event, to=seen: to.append(event))
+    assert events["straight"] == events["resumed"]
+    for part in (0, 2):
+        for one, two in zip(nn.ParameterList(straight[0].parameters()), resumed[0].parameters(), strict=True):
+            assert torch.equal(one, two)
+            for key, value in straight[2].state[one].items():
+                assert torch.equal(value, resumed[2].state[two][key]), (part, key)
+    for one, two in zip(toy.layers_of(straight[0]).values(), toy.layers_of(resumed[0]).values(), strict=True):
+        assert torch.equal(one.block_mask, two.block_mask)
