@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_pathways.mask import global_masks, nm_mask, topk_mask
 from sparse_pathways.nn import SparseLinear
+from sparse_pathways.prune.distributed import whole
 from sparse_pathways.prune.plan import PruningPlan
 from sparse_pathways.prune.scores import magnitude
 
@@ -71,7 +72,7 @@ def set_initial_masks_(layers: Mapping[str, SparseLinear], pathways: Sequence[st
 
 def _initial_scores(name: str, layer: SparseLinear, pathways: Sequence[str], plan: PruningPlan) -> Tensor:
     """`[P, NB, KB]`: magnitudes, the same for all; or random numbers that name and pathway decide."""
-    score = magnitude(layer.weight, layer.block, plan.score)
+    score = magnitude(whole(layer.weight.detach()), layer.block, plan.score)
     if plan.init == "magnitude":
         return score.expand(len(pathways), *score.shape)
     # A shared mask is one draw; a pathway's own mask depends on its name, not on the order of the pathways.

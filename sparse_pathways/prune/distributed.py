@@ -9,6 +9,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter or gradient in full: gathered from its shards (FSDP2), or itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor that this process holds (they share memory), or the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def part_like(value: Tensor, sharded: Tensor) -> Tensor:
+    """Of a full `value`, the part that `own_part(sharded)` is of its tensor."""
+    if not hasattr(sharded, "to_local"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None).to_local()
+
+
 def several_processes() -> bool:
     """Whether this process is one of several of an initialised process group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

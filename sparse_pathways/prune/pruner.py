@@ -13,6 +13,7 @@ from sparse_pathways.mask import expand_mask
 from sparse_pathways.nn import SparseLinear
 from sparse_pathways.prune import distributed
 from sparse_pathways.prune.decide import select, set_initial_masks_
+from sparse_pathways.prune.distributed import whole
 from sparse_pathways.prune.event import PruneEvent
 from sparse_pathways.prune.plan import PruningPlan
 from sparse_pathways.prune.scores import ScoreMemory, batch_signal, is_finite, magnitude, memory_of
@@ -64,7 +65,7 @@ class Pruner:
         self._check_reachable()
         if self._memory is not None:
             for name, layer in self.layers.items():
-                self._memory.start(name, len(self.pathways), magnitude(layer.weight, layer.block, plan.score).detach())
+                self._memory.start(name, len(self.pathways), self._magnitude(layer))
         if distributed.several_processes():
             distributed.check_same_masks({name: self._stacked(layer) for name, layer in self.layers.items()}, step=0)
 
@@ -198,7 +199,7 @@ class Pruner:
     def _observe(self, memory: ScoreMemory, pathway: str, step: int) -> None:
         """Gradient scores of this batch enter the averages, of all layers or of none."""
         found = {
-            name: batch_signal(layer.weight, layer.weight.grad, layer.block)
+            name: batch_signal(whole(layer.weight), whole(layer.weight.grad), layer.block)
             for name, layer in self.layers.items()
             if layer.weight.grad is not None
         }
@@ -240,7 +241,7 @@ class Pruner:
         """Scores `[G, NB, KB]`: one per decided pathway, or one in all for a shared mask."""
         layer = self.layers[name]
         if self._memory is None:
-            score = magnitude(layer.weight, layer.block, self.plan.score)
+            score = self._magnitude(layer)
             return score.expand(1 if self.plan.masks == "shared" else len(decided), *score.shape)
         scores = [
             self._memory.score(name, self.pathways.index(pathway), self.batches[pathway])
@@ -256,6 +257,10 @@ class Pruner:
                 "train on it, or leave it out of PruningPlan.pathways"
             )
         return torch.stack(scores)
+
+    @torch.no_grad()
+    def _magnitude(self, layer: SparseLinear) -> Tensor:
+        return magnitude(whole(layer.weight), layer.block, self.plan.score)
 
     def _decide(self, decided: tuple[str, ...], pathway: str) -> PruneEvent:
         sparsity = self.plan.schedule(self.steps)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sparse_pathways.prune.distributed import own_part, part_like
+
 
 def torch_optimizer(optimizer: Any) -> Optimizer:
     """The torch optimiser inside a wrapper that holds it as `.optimizer` (accelerate), or itself."""
@@ -36,8 +38,9 @@ def moments(optimizer: Optimizer, weight: Tensor) -> dict[str, Tensor]:
 
 def reset_moments(optimizer: Optimizer, weight: Tensor, where: Tensor) -> None:
     """Zero the moments of `weight` where the bool `[N, K]` is True."""
+    where = part_like(where, weight)
     for value in moments(optimizer, weight).values():
-        value.masked_fill_(where, 0.0)
+        own_part(value).masked_fill_(where, 0.0)
 
 
 class MaskedUpdate:
@@ -63,8 +66,8 @@ class MaskedUpdate:
             )
         self._before = {
             name: {
-                "weight": weight.clone(),
-                **{key: value.clone() for key, value in moments(optimizer, weight).items()},
+                "weight": own_part(weight).clone(),
+                **{key: own_part(value).clone() for key, value in moments(optimizer, weight).items()},
             }
             for name, weight in self.weights.items()
         }
@@ -80,11 +83,12 @@ class MaskedUpdate:
         if self._before is None:
             return
         for name, weight in self.weights.items():
-            before, inside = self._before[name], masks[name]
-            weight.copy_(torch.where(inside, weight, before["weight"]))
+            before, inside = self._before[name], part_like(masks[name], weight)
+            own_part(weight).copy_(torch.where(inside, own_part(weight), before["weight"]))
             for key, value in moments(self.optimizer, weight).items():
+                own = own_part(value)
                 # Moments born in this step were zero before it.
-                value.copy_(torch.where(inside, value, before.get(key, torch.zeros_like(value))))
+                own.copy_(torch.where(inside, own, before.get(key, torch.zeros_like(own))))
         self._before = None
 
     def detach(self) -> None:
