@@ -20,6 +20,8 @@ from .loop import Run, read_description
 from .model import Recogniser, new, prunable
 from .text import Tokenizer
 
+NOT_ALONE = ("joint", "new_pathway")  # of sp.methods: they need more than a trained model
+
 __all__ = ["load_model", "prune", "prune_phase", "pruning_method", "train"]
 
 
@@ -134,8 +136,8 @@ def pruning_method(
     Raises:
         ValueError: see `prune`.
     """
-    if config.method not in sp.methods.__all__ or config.method == "joint":
-        known = ", ".join(name for name in sp.methods.__all__ if name != "joint")
+    if config.method not in sp.methods.__all__ or config.method in NOT_ALONE:
+        known = ", ".join(name for name in sp.methods.__all__ if name not in NOT_ALONE)
         raise ValueError(f"method = {config.method!r}; want one of {known}")
     if config.source is None:
         return _method(config, languages, start)

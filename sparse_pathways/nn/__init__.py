@@ -1,6 +1,7 @@
 """nn.Module shells that hold tensors and call the operators, and the conversion of whole models."""
 
 from sparse_pathways.nn.convert import (
+    add_pathway_,
     density,
     explain,
     overlap,
@@ -26,6 +27,7 @@ __all__ = [
     "Recommendation",
     "SparseLSTM",
     "SparseLinear",
+    "add_pathway_",
     "density",
     "explain",
     "load_packed",

@@ -122,6 +122,33 @@ def pathways(model: nn.Module) -> tuple[str, ...]:
     return next(iter(sparse_layers(model).values())).pathways
 
 
+def add_pathway_(model: Model, name: str, like: str | None = None) -> Model:
+    """Add a pathway to every sparse layer of a model that is not packed, in place; all others stay bit-identical.
+
+    Args:
+        model: with sparse layers.
+        name: not yet a pathway.
+        like: pathway whose masks it starts with; None: all blocks kept.
+
+    Returns:
+        The model. `sp.methods.new_pathway` learns the masks.
+
+    Raises:
+        ValueError: the name is taken, or the model is packed.
+        KeyError: a layer does not know `like`.
+    """
+    layers = sparse_layers(model).values()
+    if not all(isinstance(layer, SparseLinear) for layer in layers):
+        raise ValueError("model is packed; unpack_(model) before adding a pathway")
+    for layer in layers:
+        check_names((*layer.pathways, name))
+        if like is not None and like not in layer.pathways:
+            raise unknown_pathway(like, layer.pathways)
+    for layer in layers:
+        layer.add_pathway_(name, like)  # type: ignore[union-attr]
+    return model
+
+
 def set_pathway(model: nn.Module, name: str) -> None:
     """Make `name` the active pathway of every sparse layer; one assignment per layer.
 

@@ -132,6 +132,23 @@ class SparseLinear(nn.Linear):
             self._remember()
         return self
 
+    def add_pathway_(self, name: str, like: str | None = None) -> SparseLinear:
+        """Add a pathway; the others, and the weight, stay as they are.
+
+        Args:
+            name: not yet a pathway.
+            like: pathway whose mask it starts with; None: all blocks kept.
+        """
+        names = check_names((*self.pathways, name))
+        if like is None:
+            bits = pack_bits(torch.ones(self._grid[0] * self._grid[1], dtype=torch.bool, device=self.block_mask.device))
+        else:
+            bits = self.block_mask[self._index(like)]
+        self.block_mask = torch.cat([self.block_mask, bits[None]])
+        self.pathways = names
+        self._build_layouts()
+        return self
+
     def _build_layouts(self) -> None:
         shape = (self.out_features, self.in_features)
         built: dict[bytes, BlockLayout] = {}

@@ -23,9 +23,20 @@ from sparse_pathways.checks import check_names, check_sparsity
 from sparse_pathways.mask import Constant, Cubic, Schedule
 from sparse_pathways.prune.phases import GIVEN, Phase, joint
 from sparse_pathways.prune.plan import PruningPlan
-from sparse_pathways.prune.scores import Magnitude, Score, as_score
+from sparse_pathways.prune.scores import Learned, Magnitude, Movement, Score, as_score
 
-__all__ = ["adaptive", "asr_pathways", "dynamic_asr_pathways", "gradual", "imp", "joint", "lap", "lsp", "lth"]
+__all__ = [
+    "adaptive",
+    "asr_pathways",
+    "dynamic_asr_pathways",
+    "gradual",
+    "imp",
+    "joint",
+    "lap",
+    "lsp",
+    "lth",
+    "new_pathway",
+]
 
 
 def gradual(
@@ -250,6 +261,43 @@ def dynamic_asr_pathways(
         score=as_score(score),
         masks="own",
         pathways=_names(pathways),
+        init=init,
+    )
+
+
+def new_pathway(
+    name: str,
+    sparsity: float = 0.7,
+    *,
+    steps: int,
+    interval: int | None = None,
+    score: Score | str = "movement",
+    init: str = "current",
+) -> PruningPlan:
+    """A new pathway in a finished model, by its mask alone: weights stay, so the others' outputs stay bit-identical.
+
+    Source: "any number of pathways" among what Dynamic ASR Pathways leaves for later; masks for fixed weights:
+    arXiv 1911.13299. Train it without an optimiser: `loss.backward(); pruner.step(name); model.zero_grad()`.
+
+    Args:
+        name: of the pathway, added by `add_pathway_`.
+        sparsity: share of blocks removed at the end, per layer; reached after half of the steps.
+        steps: batches of the new pathway.
+        interval: batches between two decisions; None: 1 % of the steps.
+        score: "movement" or "learned": they tell blocks that help from blocks that harm. `Gradient` does not, and with
+            weights that stay harmful blocks are never mended.
+        init: as in `PruningPlan`.
+    """
+    if not isinstance(as_score(score), Movement | Learned):
+        raise ValueError(
+            f"score = {score!r} does not tell blocks that help from blocks that harm; choose movement, learned"
+        )
+    return PruningPlan(
+        **_timing(sparsity, steps, 0.0, None, interval, None, decisions=100),
+        **_variant(dense_grad=True),
+        score=as_score(score),
+        masks="own",
+        pathways=(name,),
         init=init,
     )
 

@@ -80,7 +80,7 @@ class Learned:
     Source: straight-through scores (arXiv 1911.13299), with Adam, per block and per pathway.
     """
 
-    lr: float = 0.02
+    lr: float = 0.05
 
     def __post_init__(self) -> None:
         if not self.lr > 0.0:

@@ -72,6 +72,14 @@ class MaskedUpdate:
             for name, weight in self.weights.items()
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hook"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied or unpickled optimiser has lost its hooks: hang this one's up again."""
+        self.__dict__.update(state)
+        self._hook = self.optimizer.register_step_pre_hook(self._save)
+
     @property
     def pending(self) -> bool:
         """Whether an optimiser step has been made that `restore` has not seen."""

@@ -78,7 +78,7 @@ def reference(
     if score == "learned":  # scores from relative magnitudes, trained by Adam
         norms = [block_sum(w.detach().float().square(), i).sqrt() for w, i in zip(weights, index, strict=True)]
         average = {name: [(n / n.mean()).requires_grad_() for n in norms] for name in LANGUAGES}
-        adam = {name: torch.optim.Adam(average[name], lr=0.02, betas=(0.9, 0.98), eps=1e-12) for name in LANGUAGES}
+        adam = {name: torch.optim.Adam(average[name], lr=0.05, betas=(0.9, 0.98), eps=1e-12) for name in LANGUAGES}
     seen = dict.fromkeys(LANGUAGES, 0)
     optimizer = make_optimizer(model.parameters())
     for step, (name, x, y) in enumerate(batches, 1):
