@@ -22,6 +22,7 @@ LAYERS["ops"] |= {"kernels"}
 LAYERS[API] = set(CHAIN)
 LAYERS["kernels"] = {"kernels"}
 LAYERS["report"] = {"report", API, *CHAIN}
+LAYERS["integrations"] = {"integrations", *CHAIN}
 LAYERS["asr"] = {"asr", API}
 LAYERS["cli"] = {"cli", "asr", "report", API, *CHAIN}
 
@@ -29,6 +30,7 @@ SPEECH = {"torchaudio", "sentencepiece", "soundfile", "accelerate", "jiwer", "es
 LIBRARIES = {layer: {"torch", "numpy", "safetensors"} for layer in LAYERS}  # layer -> packages it may import
 LIBRARIES["kernels"] = {"torch", "triton"}
 LIBRARIES["asr"] = LIBRARIES["asr"] | SPEECH
+LIBRARIES["integrations"] = LIBRARIES["integrations"] | {"lightning", "transformers"}
 LIBRARIES["report"] = LIBRARIES["report"] | {"matplotlib", "jinja2"}
 LIBRARIES["cli"] = LIBRARIES["asr"] | {"jsonargparse", "yaml"}
 

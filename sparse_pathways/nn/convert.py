@@ -137,15 +137,15 @@ def add_pathway_(model: Model, name: str, like: str | None = None) -> Model:
         ValueError: the name is taken, or the model is packed.
         KeyError: a layer does not know `like`.
     """
-    layers = sparse_layers(model).values()
-    if not all(isinstance(layer, SparseLinear) for layer in layers):
+    layers = [layer for layer in sparse_layers(model).values() if isinstance(layer, SparseLinear)]
+    if len(layers) < len(sparse_layers(model)):
         raise ValueError("model is packed; unpack_(model) before adding a pathway")
     for layer in layers:
         check_names((*layer.pathways, name))
         if like is not None and like not in layer.pathways:
             raise unknown_pathway(like, layer.pathways)
     for layer in layers:
-        layer.add_pathway_(name, like)  # type: ignore[union-attr]
+        layer.add_pathway_(name, like)
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def part_like(value: Tensor, sharded: Tensor) -> Tensor:
+def part_like(value: Tensor, sharded: Any) -> Tensor:
     """Of a full `value`, the part that `own_part(sharded)` is of its tensor."""
     if not hasattr(sharded, "to_local"):
         return value

@@ -31,9 +31,10 @@ class Pruner:
     Args:
         model: any module that holds `SparseLinear` layers (not wrapped for distributed training). Its initial masks
             and the layers' `dense_grad` are set here as the plan says: on resume make the Pruner first, then load the
-            model's state.
+            model's state and the Pruner's; or give `state`.
         plan: see `PruningPlan`; `sparse_pathways.methods` has those of the papers.
         optimizer: the one that updates the model; needed for `dense_grad=False` and `moments="reset"`.
+        state: `state_dict()` of a run to go on with, whose masks the model has already; None: a new run.
 
     Raises:
         ValueError: no layer to prune; a pathway of the plan that a layer lacks; masks of the model that do not fit the
@@ -41,7 +42,9 @@ class Pruner:
         RuntimeError: the processes start from different masks.
     """
 
-    def __init__(self, model: nn.Module, plan: PruningPlan, optimizer: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, plan: PruningPlan, optimizer: Any = None, state: dict[str, Any] | None = None
+    ) -> None:
         self.plan = plan
         self.layers = {
             name or type(model).__name__: module
@@ -61,13 +64,16 @@ class Pruner:
             self._update = MaskedUpdate(self._optimizer, {name: layer.weight for name, layer in self.layers.items()})
         for layer in self.layers.values():
             layer.dense_grad = plan.dense_grad
-        set_initial_masks_(self.layers, self.pathways, plan)
-        self._check_reachable()
+        if state is None:
+            set_initial_masks_(self.layers, self.pathways, plan)
+            self._check_reachable()
         if self._memory is not None:
             for name, layer in self.layers.items():
                 self._memory.start(name, len(self.pathways), self._magnitude(layer))
         if distributed.several_processes():
             distributed.check_same_masks({name: self._stacked(layer) for name, layer in self.layers.items()}, step=0)
+        if state is not None:
+            self.load_state_dict(state)
 
     def _governed(self) -> tuple[str, ...]:
         first, layer = next(iter(self.layers.items()))

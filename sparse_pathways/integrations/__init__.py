@@ -1,0 +1,1 @@
+"""Callbacks for training frameworks; each module needs the extra of its name, `lightning` or `transformers`."""
