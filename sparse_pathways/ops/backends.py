@@ -48,7 +48,7 @@ def _why_not(name: str, device: str, dtype: torch.dtype, block: Block) -> str | 
         return f"it runs on CUDA devices, the tensors are on {device}"
     if not _triton_installed():
         return "Triton is not installed"
-    from sparse_pathways.kernels.bcsr_linear import refusal  # imports Triton: only where it may run
+    from sparse_pathways.kernels.schedule import refusal  # imports Triton: only where it may run
 
     return refusal(dtype, block)
 
