@@ -16,11 +16,10 @@ Cost   each weight block is read ceil(M / tile_m) times, the rows of x once per 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from sparse_pathways.kernels import tuning
 from sparse_pathways.kernels.block_product import add_block_products, store_outputs
 from sparse_pathways.kernels.schedule import Schedule, check, precision
+from torch import Tensor
 
 
 @triton.jit

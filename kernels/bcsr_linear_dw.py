@@ -6,16 +6,15 @@ dW     packed [blocks, C, R] at pos[e] (or e), or dense [N, K], zero outside kep
 Maths  operands in x.dtype, accumulator float32, rounded once; M is cut into `splits` parts summed in order by a second
        kernel: no atomics, every run gives the same bits
 Limits R and C powers of two >= 16; float16, bfloat16, float32; M, N, K free
-Cost   per kept block M * (R + C) elements (from L2), so small blocks lose to the dense gradient, masked: ops/roofline.py
+Cost   per kept block M * (R + C) elements (from L2): small blocks lose to the dense gradient, masked (ops/roofline.py)
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from sparse_pathways.kernels import tuning
 from sparse_pathways.kernels.schedule import Schedule, check, precision
+from torch import Tensor
 
 PROGRAMS = 264  # two for each multiprocessor of an H100: M is split until so many run
 

@@ -34,6 +34,7 @@ def add_block_products(
     NUM_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """acc plus the products of all entries of one list."""
     STEPS: tl.constexpr = RED // TILE_RED  # inner steps per block
     i = tl.arange(0, TILE_RED)
     if DENSE:

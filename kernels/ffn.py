@@ -14,11 +14,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from sparse_pathways.kernels import tuning
 from sparse_pathways.kernels.block_product import add_block_products, store_outputs
 from sparse_pathways.kernels.schedule import Schedule, check, precision
+from torch import Tensor
 
 PROGRAMS = 132  # row tiles in flight: multiprocessors of an H100; the scratch of 128 x 2048 bf16 each is 69 MB
 
@@ -120,7 +119,7 @@ def _bcsr_ffn(
     here = tl.arange(0, TILE_M).to(tl.int64)
     scratch_ptr = hidden_ptr + tl.program_id(0).to(tl.int64) * TILE_M * H
     for tile in range(tl.program_id(0), tl.cdiv(M, TILE_M), tl.num_programs(0)):
-        m = tile.to(tl.int64) * TILE_M + here
+        m = tile * TILE_M + here  # 64 bits before it meets a stride
         in_m = m[:, None] < M
         _strips(
             x_ptr,
@@ -181,7 +180,7 @@ def _bcsr_ffn(
 
 
 class Weight(NamedTuple):
-    """One of the two weights: packed `[blocks, C, R]`, or dense `[N, K]` with its block; its forward lists; its bias."""
+    """One of the two weights: packed `[blocks, C, R]` or dense `[N, K]`; its forward lists; its bias, outputs, block."""
 
     values: Tensor
     crow: Tensor

@@ -19,11 +19,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from sparse_pathways.kernels import tuning
 from sparse_pathways.kernels.block_product import add_block_products, store_outputs
 from sparse_pathways.kernels.schedule import Schedule, check, precision
+from torch import Tensor
 
 MAX_PATHWAYS = 32  # bits of a word
 
@@ -71,9 +70,7 @@ def _union_linear(
         mine = in_m & ((tl.load(bits_ptr + block) >> pathway) & 1 != 0)
         inside = step % STEPS * TILE_RED + tl.arange(0, TILE_RED)
         k = tl.load(index_ptr + entry).to(tl.int32) * RED + inside
-        x = tl.load(
-            x_ptr + m[:, None] * x_stride_m + k[None, :], mask=mine[:, None] & (k[None, :] < N_RED), other=0.0
-        )
+        x = tl.load(x_ptr + m[:, None] * x_stride_m + k[None, :], mask=mine[:, None] & (k[None, :] < N_RED), other=0.0)
         if DENSE:
             place = o[None, :].to(tl.int64) * w_stride_out + k[:, None].to(tl.int64) * w_stride_red
             w = tl.load(w_ptr + place, mask=(k[:, None] < N_RED) & (o[None, :] < N_OUT), other=0.0)
@@ -115,7 +112,11 @@ def _segment_linear(
     strip = tl.program_id(0) % strips
     tile = tl.program_id(0) // strips
     o = strip * TILE_OUT + tl.arange(0, TILE_OUT)
-    pathway, first, last = tl.load(tile_ptr + tile * 3), tl.load(tile_ptr + tile * 3 + 1), tl.load(tile_ptr + tile * 3 + 2)
+    pathway, first, last = (
+        tl.load(tile_ptr + tile * 3),
+        tl.load(tile_ptr + tile * 3 + 1),
+        tl.load(tile_ptr + tile * 3 + 2),
+    )
     if first >= last:  # more tiles are launched than a batch may need
         return
     place = first + tl.arange(0, TILE_M)
@@ -156,7 +157,7 @@ class Lists(NamedTuple):
 
 
 def cut_segments(pathway: Tensor, pathways: int, tile_m: int) -> tuple[Tensor, Tensor]:
-    """(order int32 `[m]`, tiles int32 `[m / tile_m + pathways, 3]`) of a batch, made on its device without waiting for it.
+    """(order int32 `[m]`, tiles int32 `[m / tile_m + pathways, 3]`) of a batch, made on its device.
 
     Args:
         pathway: integer `[m]`, 0 <= pathway < pathways.

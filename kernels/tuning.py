@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 import triton
-from torch import Tensor
-
 from sparse_pathways.kernels.schedule import Schedule, rule, rule_dw
+from torch import Tensor
 
 KINDS = ("product", "dw")
 VARIABLE = "SPARSE_PATHWAYS_SCHEDULES"
@@ -65,7 +64,9 @@ def read_table(path: Path) -> dict[str, Schedule]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"{path} is no table of schedules and is not used: {error}; delete it or tune again", stacklevel=2)
+        warnings.warn(
+            f"{path} is no table of schedules and is not used: {error}; delete it or tune again", stacklevel=2
+        )
         return {}
 
 

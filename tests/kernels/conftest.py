@@ -1,5 +1,6 @@
 """Problems with their float64 answers, and a process in which Triton interprets kernels on the CPU."""
 
+import importlib.util
 import io
 import os
 import pickle
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -203,3 +205,31 @@ def interpreted() -> Iterator[Interpreter]:
     worker = Interpreter()
     yield worker
     worker.close()
+
+
+def load(name: str) -> ModuleType:
+    """A module beside this file."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def load_module() -> Callable[[str], ModuleType]:
+    return load
+
+
+@pytest.fixture(scope="session")
+def machine_code() -> ModuleType:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return load("machine_code")
+
+
+@pytest.fixture
+def thorough() -> None:
+    """The long part of the proof: `make prove`."""
+    if not os.environ.get("SPARSE_PATHWAYS_PROVE"):
+        pytest.skip("part of `make prove` (SPARSE_PATHWAYS_PROVE=1)")

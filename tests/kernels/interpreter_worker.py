@@ -1,7 +1,7 @@
 """Answers calls of the kernels' launchers over stdin and stdout, in a process started with TRITON_INTERPRET=1.
 
-A message is a pickled bytes object that torch.save wrote: pickle alone cannot carry uint16 tensors. `kernels/` is loaded
-from a folder, so that a changed copy can be tried, and needs nothing of the package around it.
+A message is a pickled bytes object that torch.save wrote: pickle alone cannot carry uint16 tensors. `kernels/` is
+loaded from a folder, so that a changed copy can be tried, and needs nothing of the package around it.
 """
 
 import importlib
