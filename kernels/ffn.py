@@ -180,7 +180,7 @@ def _bcsr_ffn(
 
 
 class Weight(NamedTuple):
-    """One of the two weights: packed `[blocks, C, R]` or dense `[N, K]`; its forward lists; its bias, outputs, block."""
+    """One of the two weights, packed `[blocks, C, R]` or dense `[N, K]`; its forward lists, bias, outputs, block."""
 
     values: Tensor
     crow: Tensor

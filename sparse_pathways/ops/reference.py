@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_pathways.checks import grid
 from sparse_pathways.layout.bcsr import block_rows
+from sparse_pathways.mask import expand_mask, unpack_bits
 
 # In the order of the enum in csrc/core/types.h.
 ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (lambda y: y, F.relu, F.gelu, F.silu, torch.tanh)
@@ -93,6 +95,16 @@ def reference_dw(
         dense = _dense(values, block_rows(crow, col.numel()), col.long(), crow.numel() - 1, columns)
         return dense[: dy.shape[1], : x.shape[1]].contiguous()
     return values if pos is None else values.new_zeros(blocks, c, r).index_copy(0, pos.long(), values)
+
+
+def reference_masked_weight(
+    weight: Tensor, bits: Tensor, r: int, c: int, dense_grad: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`[N, K]` with pruned blocks zeroed, contiguous, in `dtype`; `bits` are the block mask's."""
+    blocks, columns = grid((weight.shape[0], weight.shape[1]), (r, c))
+    mask = unpack_bits(bits, blocks * columns).view(blocks, columns)
+    kept = torch.where(expand_mask(mask, (r, c), (weight.shape[0], weight.shape[1])), weight, 0)
+    return kept.to(dtype or weight.dtype, memory_format=torch.contiguous_format)
 
 
 def reference_gather(weight: Tensor, crow: Tensor, col: Tensor, r: int, c: int) -> Tensor:

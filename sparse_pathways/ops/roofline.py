@@ -73,7 +73,7 @@ def triton(op: str, m: int, n: int, k: int, block: Block, density: float, itemsi
     if op == "dw":
         steps = m * kept * (1 / r + 1 / c)  # elements of dy and x that blocks load
         programs = kept / (r * c) * max(1.0, m / 512)
-        side, hbm = min(r, c), m * (n + k) + n * k
+        side, hbm = min(r, c), float(m * (n + k) + n * k)
     else:
         out, red = (r, c) if op == "forward" else (c, r)
         tile = min(out, 128)

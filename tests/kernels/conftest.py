@@ -149,9 +149,9 @@ class Interpreter:
     NaN, so an element that a kernel forgets to write shows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("interpreter_worker.py"))],
+            [sys.executable, str(Path(__file__).with_name("interpreter_worker.py")), *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(KERNELS.parent)},
@@ -233,3 +233,12 @@ def thorough() -> None:
     """The long part of the proof: `make prove`."""
     if not os.environ.get("SPARSE_PATHWAYS_PROVE"):
         pytest.skip("part of `make prove` (SPARSE_PATHWAYS_PROVE=1)")
+
+
+@pytest.fixture(scope="session")
+def interpreted_package() -> Iterator[Interpreter]:
+    """The same with the whole package, whose operators run the Triton kernels on CPU tensors."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    worker = Interpreter("--package")
+    yield worker
+    worker.close()

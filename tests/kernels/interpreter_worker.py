@@ -43,15 +43,55 @@ def empty_of_nan(*size, **options):
     return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
 
+def use_cuda_kernels_on_the_cpu() -> None:
+    """The whole package, its operators for a weight stored dense on the Triton kernels."""
+    import sparse_pathways.ops.masked
+    from sparse_pathways.ops import cuda, stored
+
+    for name, function in (
+        (stored.STORED, cuda.stored_linear),
+        (stored.STORED_DX, cuda.stored_linear_dx),
+        (stored.STORED_DW, cuda.stored_linear_dw),
+        (sparse_pathways.ops.masked.WEIGHT, cuda.masked_weight),
+    ):
+        torch.library.register_kernel(name, "cpu", function)
+
+
+def train(x, weight, mask, block, bias, dy, dense_grad, capacity, dense):  # type: ignore[no-untyped-def]
+    """(y, dx, dweight, dbias) of `masked_linear`, as a training step takes them, by the Triton kernels or, where
+    `dense` names a product, by the dense product in its place; and which kernels were launched."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    import sparse_pathways as sp
+    from sparse_pathways.ops import cuda
+
+    launched = []
+    run = InterpretedFunction.run
+    InterpretedFunction.run = lambda self, *a, **k: launched.append(self.fn.__name__) or run(self, *a, **k)
+    cuda.takes_dense = lambda op, *shape: op in dense
+    try:
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        layout = sp.BlockLayout.from_mask(mask, block, tuple(weight.shape), capacity)
+        y = sp.masked_linear(leaves[0], leaves[1], layout, leaves[2], dense_grad=dense_grad)
+        y.backward(dy)
+    finally:
+        InterpretedFunction.run = run
+    return y.detach(), *(t.grad for t in leaves), launched
+
+
 def answer(message: bytes) -> object:
     function, arguments = torch.load(io.BytesIO(message), weights_only=False)
-    if function == "load":
-        return load(**arguments)
-    module, name = function.split(".")
-    return getattr(importlib.import_module(f"{NAME}.{module}"), name)(**arguments)
+    if function in ("load", "train"):
+        return globals()[function](**arguments)
+    module, name = function.rsplit(".", 1)
+    if not module.startswith("sparse_pathways."):
+        module = f"{NAME}.{module}"
+    return getattr(importlib.import_module(module), name)(**arguments)
 
 
 def serve() -> None:
+    if "--package" in sys.argv:
+        use_cuda_kernels_on_the_cpu()
     load(str(Path(__file__).resolve().parents[2] / "kernels"))
     torch.empty = empty_of_nan
     while True:

@@ -36,7 +36,7 @@ class Launch(NamedTuple):
 
 
 class Code(NamedTuple):
-    """What the compiler made. `stack`: bytes of spilled registers; `registers`: per thread; `shared`: bytes per program."""
+    """What the compiler made. `stack`: bytes of spilled registers; `shared`: bytes of shared memory per program."""
 
     ttir: str
     ptx: str
