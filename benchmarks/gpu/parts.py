@@ -252,7 +252,7 @@ def ceilings() -> Iterator[Row]:
 
 
 def tune() -> Iterator[Row]:
-    """Tables of schedules for Emformer's shapes, into the user's folder; copy them to kernels/schedules to ship them."""
+    """Schedules for Emformer's shapes, into the user's folder; copy the table to kernels/schedules to ship it."""
     device = torch.cuda.get_device_name()
     for (n, k), m, side in itertools.product(EMFORMER[-1:], (20,) if PRETEND else (16, 512, 16384), (16, 32, 64, 128)):
         if PRETEND and side > 16:
