@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_pathways.checks import unknown_pathway
+from sparse_pathways.checks import refuse_second_derivative, unknown_pathway
 from sparse_pathways.layout.packed import BlockIndex, PackedWeight
-from sparse_pathways.ops import backends, cuda
+from sparse_pathways.ops import backends, cuda, pathways
 from sparse_pathways.ops.prepared import packed_linear, prepare
 from sparse_pathways.ops.reference import (
     ACTIVATION_NAMES,
@@ -75,12 +75,6 @@ def _fake_dw(dy, x, crow, col, pos, r, c, blocks):  # type: ignore[no-untyped-de
 @torch.library.register_fake(GATHER)
 def _fake_gather(weight, crow, col, r, c):  # type: ignore[no-untyped-def]
     return weight.new_empty(col.shape[0], c, r)
-
-
-def refuse_second_derivative() -> None:
-    """Called by the backward formulas: they are not differentiable themselves, and torch would only warn."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("a block-sparse product has no second derivative; leave out create_graph=True")
 
 
 # --- autograd -----------------------------------------------------------------------------------------------------
@@ -196,7 +190,11 @@ def _product(
 
 
 def _mixed(x: Tensor, packed: PackedWeight, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """Rows of one batch through different pathways: one product per pathway that occurs."""
+    """Rows of one batch through different pathways: on CUDA by one operator, else one product per pathway that
+    occurs."""
+    if pathways.serves(packed):
+        lists = pathways.lists_of(packed)
+        return torch.ops.sparse_pathways.bcsr_pathway_linear(x, packed.values, rows, *lists, bias, packed.shape[0])
     y = x.new_empty(x.shape[0], packed.shape[0])
     for number in range(len(packed.pathways)):
         mine = (rows == number).nonzero().flatten()
@@ -215,7 +213,10 @@ def _check_rows(rows: Tensor, packed: PackedWeight, count: int) -> Tensor:
         raise ValueError(
             f"pathway is a tensor {rows.dtype} {tuple(rows.shape)}; want a LongTensor [{count}], one index per row of x"
         )
-    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(packed.pathways):
+    if rows.is_cuda:  # looking at the numbers would wait for the device
+        inside = ((rows >= 0) & (rows < len(packed.pathways))).all()
+        torch._assert_async(inside, f"pathway: an index is outside 0..{len(packed.pathways) - 1}")
+    elif rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(packed.pathways):
         raise unknown_pathway(f"index {int(rows.min())}..{int(rows.max())}", map(str, enumerate(packed.pathways)))
     return rows.to(packed.device)
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_pathways.checks import grid
+from sparse_pathways.checks import grid, refuse_second_derivative
 from sparse_pathways.layout.bcsr import BlockLayout
 from sparse_pathways.ops import backends, cuda
-from sparse_pathways.ops.linear import autocast_dtype, gather, linear, linear_dw, linear_dx, refuse_second_derivative
+from sparse_pathways.ops.linear import autocast_dtype, gather, linear, linear_dw, linear_dx
 from sparse_pathways.ops.reference import reference_masked_weight
 from sparse_pathways.ops.stored import stored_linear
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_pathways.checks import refuse_second_derivative
 from sparse_pathways.layout.bcsr import BlockLayout
 from sparse_pathways.ops import cuda
-from sparse_pathways.ops.linear import refuse_second_derivative
 from sparse_pathways.ops.reference import reference_masked_weight
 
 STORED = "sparse_pathways::stored_linear"

@@ -63,3 +63,23 @@ def test_packed_gradients_by_either_lists(interpreted_package, problem):
     given = {"x": case.x, "values": pool, "crow": case.crow, "col": case.col, "pos": order, "bias": case.bias, "n": 48}
     y = interpreted_package("sparse_pathways.ops.cuda.linear", **given, activation=1)
     case.forward(torch.relu).check(y)
+
+
+@pytest.mark.parametrize("m", [9, 300])
+def test_mixed_batch_of_a_packed_weight(interpreted_package, problem, load_module, m):
+    """The operators of mixed batches: few rows by the union, many by segments; gradients by the union."""
+    mixed = load_module("test_pathways").Mixed(problem, (m, 48, 64), (16, 16), torch.float32)
+    u, own = mixed.union, mixed.lists(problem, "segments")
+    union = {"pathway": mixed.pathway, "crow": u.crow, "col": u.col, "bits": mixed.bits}
+    lists = {"starts": own.start, "cols": own.index, "places": own.pos}
+    module = "sparse_pathways.ops.pathways"
+    y = interpreted_package(f"{module}.cuda_linear", x=u.x, values=u.values, **union, **lists, bias=u.bias, n=48)
+    mixed.by_loop(lambda case: case.forward()).check(y)
+    dx = interpreted_package(f"{module}.cuda_dx", dy=u.dy, values=u.values, **union, k=64)
+    mixed.by_loop(lambda case: case.dx()).check(dx)
+    dw = interpreted_package(f"{module}.cuda_dw", dy=u.dy, x=u.x, **union, r=16, c=16)
+    entries = mixed.masks[:, u.mask][mixed.pathway].double()  # [rows, blocks]: does the row's pathway keep it?
+    for e, (i, j) in enumerate(u.mask.nonzero().tolist()):
+        dy, x = u.dy.double()[:, i * 16 : i * 16 + 16] * entries[:, e, None], u.x.double()[:, j * 16 : j * 16 + 16]
+        bound = x.abs().T @ dy.abs() * (m + 2) * torch.finfo(torch.float32).eps
+        assert ((dw[e].double() - x.T @ dy).abs() <= bound).all()
