@@ -45,7 +45,7 @@ PARTS = (
     Part("rivals", 45),
     Part("ffn", 40),
     Part("pathways", 30),
-    Part("sanitizer", 60),
+    Part("sanitizer", 90),
     Part("tune", 200, default=False),
 )
 
@@ -117,7 +117,10 @@ def print_rows(rows: list[dict]) -> None:
     for row in rows:
         if "times" in row:
             shape = f"{row['m']:>6} x {row['n']:>5} x {row['k']:>5} {row['block'][0]:>3}x{row['block'][1]:<3}"
-            times = "  ".join(f"{name} {one['us']:.1f}" for name, one in row["times"].items())
+            eager = row.get("eager", ())
+            times = "  ".join(
+                f"{name}{' (no graph)' if name in eager else ''} {one['us']:.1f}" for name, one in row["times"].items()
+            )
             model = f" (model {row['model_ratio']:.2f}x, {row['model_bound']})" if "model_ratio" in row else ""
             refused = "".join(f"; {name} refuses: {why}" for name, why in row.get("refused", {}).items())
             print(

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -62,18 +62,21 @@ def timer() -> Callable[[Callable[[], Any], int], float]:
     return by_events
 
 
-def median_us(contenders: dict[str, Sequence[Callable[[], Any]]]) -> dict[str, dict[str, float]]:
+def median_us(
+    contenders: dict[str, Sequence[Callable[[], Any]]], eager: Collection[str] = ()
+) -> dict[str, dict[str, float]]:
     """Median and quartiles of one call of each contender; contenders take turns, so a drift of the clock hits all.
 
     Args:
         contenders: per name, the same product on several inputs.
+        eager: names that cannot be captured in a graph; Python's launch time is in theirs.
 
     Returns:
         {name: {"us", "low_us", "high_us"}} of one product.
     """
     time_us, runs, repeats = timer(), {}, {}
     for name, calls in contenders.items():
-        run = graphed(calls)
+        run = graphed(calls) if name not in eager else lambda calls=calls: [call() for call in calls]
         for _ in range(WARM_UP):
             time_us(run, 1)
         runs[name], repeats[name] = run, max(1, round(ROUND_MS * 1e3 / max(time_us(run, 1), 1.0)))

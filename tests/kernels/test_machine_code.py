@@ -185,6 +185,13 @@ def test_mask_and_cast_reads_sixteen_bytes_at_a_time(machine_code, capability):
     assert "STG.E.128" in code.sass or "STG.E.64" in code.sass  # several results per store
 
 
+def test_float32_by_tf32_where_torch_allows_it(machine_code, monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    (launch, *_) = machine_code.launches(lambda: product(16384, (32, 32), F32, False))
+    code = machine_code.compile_for(90, launch)
+    assert "tf32" in code.ptx and TENSOR_CORE[90] in code.sass and code.stack == 0
+
+
 def test_the_barriers_between_the_two_products_of_the_ffn(machine_code):
     """The interpreter runs one thread, so a missing barrier cannot show there: it is looked for in the code."""
     (launch,) = machine_code.launches(lambda: feed_forward(16384, (64, 64), BF16, False))
