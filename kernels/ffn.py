@@ -5,7 +5,7 @@ hidden a scratch of one row tile per program, [programs, TILE_M, H]: a program c
        tile, then, after a barrier, all strips of y from them, and goes on to its next row tile
 Maths  as in bcsr_linear.py; the hidden values are rounded to x.dtype, as two products in a row would
 Limits as in bcsr_linear.py; a program does a whole row tile, so fewer row tiles than multiprocessors leave some idle:
-       with few rows two products are faster (`serves`)
+       with few rows two products are faster
 Cost   HBM traffic M * (K + N2) instead of M * (K + 2 H + N2); L2 traffic as the two products
 """
 
@@ -19,7 +19,8 @@ from sparse_pathways.kernels.block_product import add_block_products, store_outp
 from sparse_pathways.kernels.schedule import Schedule, check, precision
 from torch import Tensor
 
-PROGRAMS = 132  # row tiles in flight: multiprocessors of an H100; the scratch of 128 x 2048 bf16 each is 69 MB
+PROGRAMS = 132  # row tiles in flight: multiprocessors of an H100
+ROWS = 64  # of a tile, at most: 132 scratches of 64 x 2048 bf16 are 35 MB, of 128 rows they would pass its L2
 
 
 @triton.jit
@@ -196,11 +197,6 @@ class Weight(NamedTuple):
         return self.values.stride() if self.values.dim() == 2 else (1, self.block[0])
 
 
-def serves(m: int, tile_m: int = 128) -> bool:
-    """Whether `m` rows are enough row tiles for one launch to pay: two products spread over more programs."""
-    return m >= PROGRAMS * tile_m // 2
-
-
 def bcsr_ffn(x: Tensor, first: Weight, second: Weight, activation: int, schedule: Schedule | None = None) -> Tensor:
     """`act(x @ W1.T + b1) @ W2.T + b2`, `[m, second.n]`.
 
@@ -215,7 +211,7 @@ def bcsr_ffn(x: Tensor, first: Weight, second: Weight, activation: int, schedule
     check(x.dtype, first.block)
     check(x.dtype, second.block)
     one, two = (tuning.schedule("product", m, one.block, x.dtype, x.device) for one in (first, second))
-    schedule = schedule or one._replace(num_warps=max(one.num_warps, two.num_warps))
+    schedule = schedule or one._replace(tile_m=min(ROWS, one.tile_m), num_warps=4)
     y = torch.empty(m, second.n, device=x.device, dtype=x.dtype)
     programs = min(PROGRAMS, triton.cdiv(m, schedule.tile_m))
     if programs == 0 or second.n == 0:

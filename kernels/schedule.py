@@ -46,17 +46,17 @@ def precision(dtype: torch.dtype) -> str:
 def rule(m: int, out: int, red: int, dtype: torch.dtype) -> Schedule:
     """Schedule of `m` rows times blocks of `out` outputs and `red` inputs."""
     tile_m = max(16, triton.next_power_of_2(m))
-    if dtype == torch.float32:  # FMA units: operands live in registers, so tiles stay small
+    if dtype == torch.float32 and precision(dtype) == "ieee":  # FMA units: operands live in registers, so tiles stay small
         return Schedule(min(32, tile_m), min(out, 64), min(red, 32), num_warps=4, num_stages=2)
     tile_m, tile_out = min(128, tile_m), min(out, 128)
     warps = 8 if tile_m * tile_out >= 128 * 128 else 4
-    return Schedule(tile_m, tile_out, min(red, 64), num_warps=warps, num_stages=3)
+    return Schedule(tile_m, tile_out, min(red, 128 // dtype.itemsize), num_warps=warps, num_stages=3)
 
 
 def rule_dw(m: int, r: int, c: int, dtype: torch.dtype) -> Schedule:
     """Schedule of the weight gradient of blocks of `r` outputs and `c` inputs over `m` rows."""
-    if dtype == torch.float32:
+    if dtype == torch.float32 and precision(dtype) == "ieee":
         return Schedule(min(32, max(16, triton.next_power_of_2(m))), min(r, 32), min(c, 32), num_warps=4, num_stages=2)
-    tile_m = min(64, max(16, triton.next_power_of_2(m)))
+    tile_m = min(128 // dtype.itemsize, max(16, triton.next_power_of_2(m)))
     tile_r, tile_c = min(r, 128), min(c, 128)
     return Schedule(tile_m, tile_r, tile_c, num_warps=8 if tile_r * tile_c >= 128 * 128 else 4, num_stages=3)

@@ -143,6 +143,10 @@ class BlockLayout:
     row: Tensor | None = None
     needed: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if self.crow.is_cuda:  # at once: not under a compiler or inference_mode, where a first training step may be
+            self.rows()
+
     @classmethod
     def from_mask(cls, mask: Tensor, block: Block, shape: tuple[int, int], capacity: int | None = None) -> BlockLayout:
         """Index lists of `mask`, built on its own device without a loop over blocks.
@@ -225,10 +229,9 @@ class BlockLayout:
     def update_(self, mask: Tensor) -> BlockLayout:
         """Re-pack in place for a changed mask; lists of unchanged length keep their memory (captured graphs)."""
         fresh = self.updated(mask)
-        names, self.row = (NAMES, None) if not self.is_static else ((*NAMES, "row", "needed"), self.row)
-        for name in names:
+        for name in (*NAMES, "row", "needed"):
             old, new = getattr(self, name), getattr(fresh, name)
-            if old.shape == new.shape:
+            if old is not None and new is not None and old.shape == new.shape:
                 old.copy_(new)
             else:
                 setattr(self, name, new)

@@ -81,7 +81,7 @@ def triton(op: str, m: int, n: int, k: int, block: Block, density: float, itemsi
         steps = m * kept / tile + tiles * kept
         programs = tiles * ((n if op == "forward" else k) / tile)
         side, hbm = min(out, red), m * (n + k) + kept
-    share = EFFICIENCY[max(16, min(128, side))] if itemsize == 2 else 1.0
+    share = EFFICIENCY[max(16, min(128, side))] if itemsize == 2 else 0.5  # float32 by plain FMA loops
     return _slowest(
         compute=2 * m * kept / (rate * share),
         L2=itemsize * steps / min(L2, max(programs, 1) * L2_OF_ONE_SM),
