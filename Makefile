@@ -51,6 +51,20 @@ sanitized = $(BIN)/cmake -S . -B build/sanitize/$(1) -G Ninja -DCMAKE_MAKE_PROGR
   -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DSP_SANITIZE=$(subst -,$(comma),$(1)) >/dev/null \
   && $(BIN)/cmake --build build/sanitize/$(1) --target $(2)
 
+# A machine without a GPU proves the GPU code by Triton's interpreter, by compilation and by faults planted in it.
+prove: setup  ## everything that proves the GPU kernels without a GPU (half an hour; its core is in `make test`)
+	SPARSE_PATHWAYS_PROVE=1 $(BIN)/python -m pytest tests/kernels tests/benchmarks/test_gpu.py
+	$(BIN)/python benchmarks/gpu/model.py
+
+# The GPU machines have Triton 3.6; torch comes with a newer one. Beside it, in a folder of its own, 3.6 goes first.
+TRITON_OLD := 3.6.0
+compat: setup  ## interpreter and compile checks of the Triton kernels under Triton 3.6
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade \
+	  --target build/compat/triton-$(TRITON_OLD) triton==$(TRITON_OLD)
+	PYTHONPATH=build/compat/triton-$(TRITON_OLD) $(BIN)/python -c \
+	  "import triton; assert triton.__version__ == '$(TRITON_OLD)', triton.__version__"
+	PYTHONPATH=$(CURDIR)/build/compat/triton-$(TRITON_OLD) $(BIN)/python -m pytest tests/kernels
+
 bench: setup  ## dense against sparse, side by side: a part of the grid, printed (two minutes)
 	$(BIN)/python -m benchmarks
 
@@ -84,5 +98,5 @@ wheel: setup  ## build a wheel into dist/
 clean:  ## remove build products and the environment; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info sparse_pathways/*.so
 
-.PHONY: help setup demo test test-fast sanitize bench bench-full bench-page experiments tables lint format wheel clean
+.PHONY: help setup demo test test-fast sanitize prove compat bench bench-full bench-page experiments tables lint format wheel clean
 .DEFAULT_GOAL := help

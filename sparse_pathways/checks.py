@@ -100,3 +100,9 @@ class UnknownPathway(KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def refuse_second_derivative() -> None:
+    """Called by the backward formulas: they are not differentiable themselves, and torch would only warn."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("a block-sparse product has no second derivative; leave out create_graph=True")

@@ -1,154 +1,173 @@
-"""On a GPU machine: the gpu-marked kernel tests, then the Triton kernel against F.linear. README.md tells more.
+"""On a GPU machine: build, all tests marked gpu, the sanitizer, ceilings and yardstick tables. README.md tells more.
 
-    python benchmarks/gpu/run.py [--out FILE] [--no-tests]
+    python benchmarks/gpu/run.py [--out FOLDER] [--parts NAME ...] [--seconds S] [--dry-run]
 
-Needs torch, triton and pytest; the package need not be installed, kernels/ stands alone. Exits 2 without a device, 1 if
-a test or a product is wrong.
+Every part is a process of its own with a budget of seconds, and writes its rows as they come: a part that hangs,
+crashes or runs out of time loses only its rest. Exits 2 without a device, 1 if a test failed or a part ended badly.
 """
 
 import argparse
-import importlib
 import importlib.util
-import itertools
 import json
-import statistics
+import os
+import shutil
+import signal
+import subprocess
 import sys
-import types
-from collections.abc import Callable
+import time
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPES = [(512, 512), (2048, 512), (512, 2048), (4096, 4096)]  # N, K: Emformer's layers, and one that fills the GPU
-ROWS = [16, 512, 16384]
-BLOCKS = [(16, 16), (32, 32), (64, 64)]
-SPARSITIES = [0.7, 0.9]
-WARM_UP, ROUNDS = 5, 30
-ROUND_MS = 0.5
+HERE = Path(__file__).resolve().parent
+TESTS = ["tests/kernels/test_on_device.py", "tests/ops"]
+SANITIZED = "products_equal_dense and M37 and 32x32 or feed_forward and 7 or several_pathways and 5 and bfloat16"
+# In a dry run the device is pretended: what needs a real one (bfloat16, graphs, streams, much memory) is left out.
+PRETENDED = "float16 and not bfloat16 and (products and M37 and 16x16 or residual or union and 5 or feed_forward and 7)"
 
 
-def import_kernels() -> types.ModuleType:
-    """`sparse_pathways.kernels.bcsr_linear` from this checkout, installed or not."""
-    package = types.ModuleType("sparse_pathways")
-    package.__path__ = []
-    spec = importlib.util.spec_from_file_location(
-        "sparse_pathways.kernels", ROOT / "kernels" / "__init__.py", submodule_search_locations=[str(ROOT / "kernels")]
-    )
-    kernels = importlib.util.module_from_spec(spec)
-    sys.modules |= {"sparse_pathways": package, "sparse_pathways.kernels": kernels}
-    package.kernels = kernels
-    spec.loader.exec_module(kernels)
-    return importlib.import_module("sparse_pathways.kernels.bcsr_linear")
+class Part(NamedTuple):
+    """Name, seconds it may take, and whether the default run has it."""
+
+    name: str
+    seconds: int
+    default: bool = True
 
 
-def run_tests() -> int:
-    """The gpu-marked kernel tests, in this process."""
-    import pytest
-
-    arguments = ["-m", "gpu", "-q", "-p", "no:cacheprovider", f"--confcutdir={ROOT / 'tests' / 'kernels'}"]
-    return pytest.main([*arguments, str(ROOT / "tests" / "kernels" / "test_bcsr_linear_gpu.py")])
-
-
-def median_us(run: Callable[[], object]) -> tuple[float, list[float]]:
-    """Median time of a call and its quartiles, by CUDA events around rounds of about ROUND_MS."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def timed(calls: int) -> float:
-        start.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / calls * 1e3
-
-    calls = max(1, round(ROUND_MS * 1e3 / timed(WARM_UP)))
-    for _ in range(WARM_UP):
-        timed(calls)
-    times = [timed(calls) for _ in range(ROUNDS)]
-    return statistics.median(times), statistics.quantiles(times, n=4)[::2]
+PARTS = (
+    Part("environment", 20),
+    Part("build", 150),
+    Part("ceilings", 25),
+    Part("tests", 200),
+    Part("forward", 100),
+    Part("training", 60),
+    Part("yardsticks", 45),
+    Part("rivals", 45),
+    Part("ffn", 40),
+    Part("pathways", 30),
+    Part("sanitizer", 90),
+    Part("tune", 200, default=False),
+)
 
 
-def random_weight(shape: tuple[int, int], block: tuple[int, int], sparsity: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """A dense bfloat16 weight with random empty blocks, and the same weight as the kernel's arguments."""
-    (n, k), (r, c) = shape, block
-    grid = (n // r, k // c)
-    kept = torch.rand(grid, device="cuda").flatten().argsort()[: round((1 - sparsity) * grid[0] * grid[1])]
-    mask = torch.zeros(grid, dtype=torch.bool, device="cuda")
-    mask.view(-1)[kept] = True
-    weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
-    weight *= mask.repeat_interleave(r, 0).repeat_interleave(c, 1)
-    values = weight.view(grid[0], r, grid[1], c).permute(0, 2, 3, 1)[mask].contiguous()
-    crow = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    return weight, {"values": values, "crow": crow, "col": mask.nonzero()[:, 1].to(torch.uint16), "pos": None}
+def command(name: str, out: Path, dry: bool) -> list[str] | None:
+    """What a part runs; None where this machine has nothing to run for it."""
+    pytest = [sys.executable, "-m", "pytest", "-p", "checkout", "-p", "no:cacheprovider", "-m", "gpu", "-q"]
+    if name == "build":
+        wanted = not dry and any((ROOT / "csrc").glob("cuda/*.cu")) and shutil.which("nvcc")
+        return [sys.executable, "setup.py", "build_ext", "--inplace"] if wanted else None
+    if name == "tests":
+        chosen = ["tests/kernels/test_on_device.py", "-k", PRETENDED] if dry else TESTS
+        parallel = ["-n", "8"] if not dry and importlib.util.find_spec("xdist") else []  # compiling is most of the time
+        return [*pytest, *parallel, "--durations=5", f"--junitxml={out / 'tests.xml'}", *chosen]
+    if name == "sanitizer":
+        tool = shutil.which("compute-sanitizer")
+        if dry or tool is None:
+            return None
+        checked = [*pytest, TESTS[0], "-k", SANITIZED]
+        return [tool, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all", *checked]
+    return [sys.executable, str(HERE / "part.py"), name, str(out / f"{name}.jsonl")]
 
 
-def graphed(run: Callable[[], object]) -> Callable[[], None]:
-    """The call as a CUDA graph: without the launch time of Python, which hides small kernels on both sides."""
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+def environment(dry: bool) -> dict[str, str]:
+    """Of the parts' processes."""
+    found = os.environ | {"PYTHONPATH": f"{HERE}:{ROOT}", "PYTHONUNBUFFERED": "1"}
+    return found | ({"TRITON_INTERPRET": "1", "SPARSE_PATHWAYS_PRETEND": "1"} if dry else {})
 
 
-def measure(kernel: types.ModuleType, shape: tuple[int, int], m: int, block: tuple[int, int], sparsity: float) -> dict:
-    """One row of the table; the product is checked before it is timed."""
-    n, k = shape
-    weight, packed = random_weight(shape, block, sparsity)
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
-    y = kernel.bcsr_linear(x, **packed, bias=bias, n=n)
-    exact = F.linear(x.float(), weight.float(), bias.float())
-    torch.testing.assert_close(y.float(), exact, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-2)
-    dense, dense_quartiles = median_us(graphed(lambda: F.linear(x, weight, bias)))
-    sparse, sparse_quartiles = median_us(graphed(lambda: kernel.bcsr_linear(x, **packed, bias=bias, n=n)))
-    times = {"dense_us": dense, "dense_us_quartiles": dense_quartiles}
-    times |= {"sparse_us": sparse, "sparse_us_quartiles": sparse_quartiles, "ratio": dense / sparse}
-    return {"n": n, "k": k, "m": m, "block": list(block), "sparsity": sparsity, **times}
+def run_part(part: Part, out: Path, left: float, dry: bool) -> dict:
+    """Run one part to its end or its budget's; what became of it."""
+    arguments, seconds = command(part.name, out, dry), min(part.seconds, left)
+    if arguments is None:
+        return {"part": part.name, "outcome": "skipped: nothing to run here"}
+    if seconds < 5:
+        return {"part": part.name, "outcome": "skipped: no time left"}
+    start = time.monotonic()
+    with open(out / f"{part.name}.log", "w") as log:
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, env=environment(dry), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(seconds)
+            outcome = "ok" if code == 0 else f"failed: exit code {code}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            outcome = f"stopped after its {seconds:.0f} s"
+    found = {"part": part.name, "outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
+    if outcome != "ok":
+        found["log_tail"] = (out / f"{part.name}.log").read_text(errors="replace")[-1500:]
+    return found
 
 
-def measure_all(kernel: types.ModuleType) -> list[dict]:
-    """All rows, printed as they come."""
-    print("\nbfloat16, CUDA graphs, median us")
-    print(f"{'N x K':>12} {'M':>6} {'block':>6} {'sparsity':>8} {'F.linear':>9} {'sparse':>9}  ratio")
-    table = []
-    for shape, m, block, sparsity in itertools.product(SHAPES, ROWS, BLOCKS, SPARSITIES):
-        row = measure(kernel, shape, m, block, sparsity)
-        table.append(row)
-        size, name = f"{shape[0]} x {shape[1]}", f"{block[0]}x{block[1]}"
-        times = f"{row['dense_us']:9.1f} {row['sparse_us']:9.1f} {row['ratio']:5.2f}x"
-        print(f"{size:>12} {m:6} {name:>6} {sparsity:8} {times}", flush=True)
-    return table
+def rows_of(out: Path) -> list[dict]:
+    """Rows that the parts have written; a last line cut off in the middle is dropped."""
+    rows = []
+    for path in sorted(out.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                pass
+    return rows
+
+
+def print_rows(rows: list[dict]) -> None:
+    """A line per row: microseconds of every contender, measured ratio, the model's."""
+    for row in rows:
+        if "times" in row:
+            shape = f"{row['m']:>6} x {row['n']:>5} x {row['k']:>5} {row['block'][0]:>3}x{row['block'][1]:<3}"
+            eager = row.get("eager", ())
+            times = "  ".join(
+                f"{name}{' (no graph)' if name in eager else ''} {one['us']:.1f}" for name, one in row["times"].items()
+            )
+            model = f" (model {row['model_ratio']:.2f}x, {row['model_bound']})" if "model_ratio" in row else ""
+            refused = "".join(f"; {name} refuses: {why}" for name, why in row.get("refused", {}).items())
+            print(
+                f"{row['part']:<10} {row['op']:<7} {shape} {row['sparsity']:.0%}  {times} us  "
+                f"{row['ratio']:.2f}x{model}{refused}"
+            )
+        elif row["part"] == "ceilings":
+            print(
+                f"ceilings   {row['name']}: "
+                + ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("part", "name"))
+            )
+        elif row["part"] == "tune":
+            print(f"tune       {row['name']}: {row['best']}")
 
 
 def main() -> int:
     """Exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/gpu_<device>.json)")
-    parser.add_argument("--no-tests", action="store_true", help="time only")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="folder for JSON and logs (runs/gpu)")
+    parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], help="only these")
+    parser.add_argument("--seconds", type=float, default=570, help="of the whole run (570)")
+    parser.add_argument("--tune", action="store_true", help="also look for better schedules")
+    parser.add_argument("--dry-run", action="store_true", help="no device: tiny cases on the CPU, numbers mean nothing")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("benchmarks/gpu/run.py: no CUDA device on this machine; nothing was run", file=sys.stderr)
-        return 2
-    import triton
-
-    device = torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}, triton {triton.__version__}")
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False  # the check compares with float32
-    kernel = import_kernels()
-    if not options.no_tests and run_tests() != 0:
-        return 1
-    out = options.out or ROOT / "benchmarks" / "results" / f"gpu_{device.lower().replace(' ', '-')}.json"
-    about = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "dtype": "bfloat16"}
-    table = measure_all(kernel)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(about | {"rows": table}, indent=1) + "\n")
-    print(f"written to {out}")
-    return 0
+    end, out = time.monotonic() + options.seconds, options.out
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    outcomes = []
+    for part in PARTS:
+        wanted = part.name in options.parts if options.parts else part.default or (options.tune and part.name == "tune")
+        if wanted or part.name == "environment":
+            outcome = run_part(part, out, end - time.monotonic(), options.dry_run)
+            outcomes.append(outcome)
+            print(
+                f"-- {part.name}: {outcome['outcome']}" + (f", {outcome['seconds']} s" if "seconds" in outcome else "")
+            )
+            print(outcome.get("log_tail", ""), end="", flush=True)
+            result = {"dry_run": options.dry_run, "parts": outcomes, "rows": rows_of(out)}
+            (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+            if part.name == "environment" and outcome["outcome"] != "ok":
+                print("no CUDA device on this machine; nothing was measured (--dry-run tries the scripts without one)")
+                return 2
+            if part.name == "tests" and outcome["outcome"].startswith("failed"):
+                print("tests failed: what follows may be fast and wrong")
+    print_rows(rows_of(out))
+    print(f"written to {out / 'results.json'}")
+    return 0 if all(one["outcome"] == "ok" or one["outcome"].startswith("skipped") for one in outcomes) else 1
 
 
 if __name__ == "__main__":

@@ -56,6 +56,54 @@ def transpose(crow: Tensor, col: Tensor, columns: int) -> tuple[Tensor, Tensor, 
     return crow_t, rows[pos_t].to(id_dtype(crow.numel() - 1)), pos_t.to(torch.int32)
 
 
+def rows_of(crow: Tensor, col: Tensor) -> Tensor:
+    """Block row of every entry of `col`, in its dtype; the last block row behind the last entry. Never waits."""
+    entries = torch.arange(col.numel(), dtype=torch.int32, device=crow.device)
+    rows = torch.searchsorted(crow, entries, right=True, out_int32=True) - 1
+    return rows.clamp(max=crow.numel() - 2).to(id_dtype(crow.numel() - 1))
+
+
+def static_lists(mask: Tensor, capacity: int) -> tuple[Tensor, ...]:
+    """(bits, crow, col, crow_t, row_t, pos_t, row, needed) of a bool mask, with room for `capacity` blocks.
+
+    No size depends on the mask, so the host never waits for the device and a CUDA graph can capture this. `needed`
+    (int32 `[1]`) says how many blocks the mask keeps; if more than `capacity`, the lists hold the first ones only, and
+    an assertion fails: at once on the CPU, at the next synchronisation on CUDA.
+    """
+    (blocks, columns), size = mask.shape, mask.numel()
+    flat = mask.flatten()
+    place = flat.cumsum(0, dtype=torch.int32) - 1  # of every kept block in row order
+    kept = flat & (place < capacity)
+    number = torch.arange(size, device=mask.device)
+
+    def listed(order: Tensor, numbers: Tensor) -> Tensor:
+        """`numbers` of the kept blocks at their places; all others land behind the last place."""
+        room = torch.zeros(capacity + 1, dtype=torch.int32, device=mask.device)
+        return room.scatter_(0, order.long(), numbers.to(torch.int32))[:capacity]
+
+    def starts(counts: Tensor) -> Tensor:
+        return torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)])
+
+    grid = kept.view(blocks, columns)
+    turned = grid.T.flatten()
+    slot = torch.where(kept, place, capacity)
+    slot_t = torch.where(turned, turned.cumsum(0, dtype=torch.int32) - 1, capacity)
+    needed = flat.sum(dtype=torch.int32).view(1)
+    torch._assert_async(
+        needed <= capacity, f"a block mask keeps more than the {capacity} blocks that its layout has room for"
+    )
+    return (
+        pack_bits(flat),
+        starts(grid.sum(1, dtype=torch.int32)),
+        listed(slot, number % columns).to(id_dtype(columns)),
+        starts(grid.sum(0, dtype=torch.int32)),
+        listed(slot_t, number % blocks).to(id_dtype(blocks)),
+        listed(slot_t, place.view(blocks, columns).T.flatten()),
+        listed(slot, number // columns).to(id_dtype(blocks)),
+        needed,
+    )
+
+
 def reference_lists(mask: Tensor) -> tuple[Tensor, ...]:
     """(bits, crow, col, crow_t, row_t, pos_t) of a bool mask, in plain PyTorch on any device."""
     crow, col = compress(mask)
@@ -80,6 +128,8 @@ class BlockLayout:
         crow_t: int32 `[KB + 1]`, start of each block column in the transposed order.
         row_t: like col `[nnz]`, block row of each block in the transposed order.
         pos_t: int32 `[nnz]`, position in row order of each block of the transposed order.
+        row: like row_t `[nnz]`, block row of each block in row order; None until `rows()` is called.
+        needed: int32 `[1]`, number of kept blocks, where the lists have a fixed capacity; else None.
     """
 
     shape: tuple[int, int]
@@ -90,37 +140,74 @@ class BlockLayout:
     crow_t: Tensor
     row_t: Tensor
     pos_t: Tensor
+    row: Tensor | None = None
+    needed: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.crow.is_cuda:  # at once: not under a compiler or inference_mode, where a first training step may be
+            self.rows()
 
     @classmethod
-    def from_mask(cls, mask: Tensor, block: Block, shape: tuple[int, int]) -> BlockLayout:
+    def from_mask(cls, mask: Tensor, block: Block, shape: tuple[int, int], capacity: int | None = None) -> BlockLayout:
         """Index lists of `mask`, built on its own device without a loop over blocks.
 
         Args:
             mask: bool `[NB, KB]`.
             block: (R, C).
             shape: (N, K).
+            capacity: None: lists as long as the mask has blocks, which the host asks the device. A number: lists with
+                room for that many blocks, built without waiting for the device; `update_` then never moves them, so a
+                captured CUDA graph can go on with other masks. A mask with more blocks fails an assertion.
 
         Raises:
             ValueError, TypeError: mask, block and shape do not fit together.
         """
         block, shape = check_block(block), (int(shape[0]), int(shape[1]))
         check_mask(mask, block, shape)
-        return cls(shape, block, *torch.ops.sparse_pathways.bcsr_lists.default(mask.contiguous()))
+        if capacity is None:
+            return cls(shape, block, *torch.ops.sparse_pathways.bcsr_lists.default(mask.contiguous()))
+        if not 0 < capacity <= mask.numel():
+            raise ValueError(f"capacity = {capacity}; want 1 to {mask.numel()} (all blocks of the grid)")
+        return cls(shape, block, *static_lists(mask, capacity))
 
     def __reduce__(self):  # type: ignore[no-untyped-def]
         # torch cannot pickle uint16 storages; the mask says it all.
-        return BlockLayout.from_mask, (self.to_mask(), self.block, self.shape)
+        return BlockLayout.from_mask, (self.to_mask(), self.block, self.shape, self._capacity)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the lists have a fixed capacity."""
+        return self.needed is not None
+
+    @property
+    def _capacity(self) -> int | None:
+        return self.col.numel() if self.is_static else None
 
     @property
     def num_blocks(self) -> int:
-        """Number of kept blocks."""
-        return self.col.numel()
+        """Number of kept blocks; with a fixed capacity the device is asked, which waits for it.
+
+        Raises:
+            RuntimeError: the mask keeps more blocks than the capacity.
+        """
+        if self.needed is None:
+            return self.col.numel()
+        needed = int(self.needed)
+        if needed > self.col.numel():
+            raise RuntimeError(f"the block mask keeps {needed} blocks, its layout has capacity = {self.col.numel()}")
+        return needed
 
     @property
     def density(self) -> float:
-        """Kept share of the block grid, in [0, 1]."""
+        """Kept share of the block grid, in [0, 1]; with a fixed capacity, the share that has room."""
         blocks, columns = grid(self.shape, self.block)
-        return self.num_blocks / (blocks * columns) if blocks * columns else 1.0
+        return self.col.numel() / (blocks * columns) if blocks * columns else 1.0
+
+    def rows(self) -> Tensor:
+        """Block row of each kept block, like col `[nnz]`; made at the first call."""
+        if self.row is None:
+            self.row = rows_of(self.crow, self.col)
+        return self.row
 
     def to_mask(self) -> Tensor:
         """The bool block mask `[NB, KB]` again."""
@@ -131,6 +218,8 @@ class BlockLayout:
         """The layout of a changed mask: `from_mask`, but lists of unchanged block rows and columns are copied from
         here, which is the faster the fewer blocks have changed."""
         check_mask(mask, self.block, self.shape)
+        if self.is_static:
+            return BlockLayout.from_mask(mask.to(self.bits.device), self.block, self.shape, self._capacity)
         lists = torch.ops.sparse_pathways.bcsr_update.default(mask.to(self.bits.device).contiguous(), *self._lists())
         return BlockLayout(self.shape, self.block, *lists)
 
@@ -140,8 +229,9 @@ class BlockLayout:
     def update_(self, mask: Tensor) -> BlockLayout:
         """Re-pack in place for a changed mask; lists of unchanged length keep their memory (captured graphs)."""
         fresh = self.updated(mask)
-        for name, old, new in zip(NAMES, self._lists(), fresh._lists(), strict=True):
-            if old.shape == new.shape:
+        for name in (*NAMES, "row", "needed"):
+            old, new = getattr(self, name), getattr(fresh, name)
+            if old is not None and new is not None and old.shape == new.shape:
                 old.copy_(new)
             else:
                 setattr(self, name, new)
@@ -150,4 +240,5 @@ class BlockLayout:
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
         device = torch.device(device)
-        return BlockLayout(self.shape, self.block, *(one.to(device) for one in self._lists()))
+        more = (None if one is None else one.to(device) for one in (self.row, self.needed))
+        return BlockLayout(self.shape, self.block, *(one.to(device) for one in self._lists()), *more)

@@ -16,6 +16,7 @@ from sparse_pathways.nn.linear import PackedLinear, SparseLinear
 from sparse_pathways.nn.lstm import GateLinear, SparseLSTM
 from sparse_pathways.nn.lstm_packed import PackedLayerNormLSTM, PackedLSTM
 from sparse_pathways.ops import explain_product
+from sparse_pathways.ops.cuda import explain_training
 from sparse_pathways.ops.masked import takes_dense
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -295,6 +296,9 @@ def explain(layer: Layer | PackedLSTM | PackedLayerNormLSTM | PackedWeight, rows
         blocks, columns = grid((layer.out_features, layer.in_features), layer.block)
         if layer.layout().num_blocks == blocks * columns:
             return "dense: nothing is pruned in the active pathway, so F.linear is the fastest product"
+        if layer.weight.device.type == "cuda":
+            shape = layer.out_features, layer.in_features, layer.block, layer.layout().density, layer.weight.dtype
+            return f"{rows} rows, a training step: {explain_training(rows, *shape)}; pack_ the model to infer"
         if takes_dense(layer.weight.device.type, layer.weight.dtype, layer.layout(), rows):
             return (
                 f"{rows} rows: dense: blocks {layer.block} at density {layer.layout().density:.2f} train faster by "

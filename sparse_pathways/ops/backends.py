@@ -46,15 +46,16 @@ def _why_not(name: str, device: str, dtype: torch.dtype, block: Block) -> str | 
         return None if dtype in CPU_DTYPES else f"it has no {dtype} kernel"
     if device != "cuda":
         return f"it runs on CUDA devices, the tensors are on {device}"
-    if not _triton_installed():
+    if not triton_installed():
         return "Triton is not installed"
-    from sparse_pathways.kernels.bcsr_linear import refusal  # imports Triton: only where it may run
+    from sparse_pathways.kernels.schedule import refusal  # imports Triton: only where it may run
 
     return refusal(dtype, block)
 
 
 @functools.cache
-def _triton_installed() -> bool:
+def triton_installed() -> bool:
+    """Whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_pathways.checks import unknown_pathway
+from sparse_pathways.checks import refuse_second_derivative, unknown_pathway
 from sparse_pathways.layout.packed import BlockIndex, PackedWeight
-from sparse_pathways.ops import backends
+from sparse_pathways.ops import backends, cuda, pathways
 from sparse_pathways.ops.prepared import packed_linear, prepare
 from sparse_pathways.ops.reference import (
     ACTIVATION_NAMES,
@@ -51,14 +51,9 @@ torch.library.register_kernel(LINEAR_DW, None, reference_dw)
 torch.library.register_kernel(GATHER, None, reference_gather)
 
 
-@torch.library.register_kernel(LINEAR, "cuda")
-def _cuda(x, values, crow, col, pos, bias, n, scale=None, residual=None, activation=0, quantise_x=False):  # type: ignore[no-untyped-def]
-    if backends.select("cuda", values.dtype, (values.shape[2], values.shape[1])) == "triton" and scale is None:
-        from sparse_pathways.kernels.bcsr_linear import bcsr_linear  # imports Triton: only where it runs
-
-        y = ACTIVATIONS[activation](bcsr_linear(x, values, crow, col, pos, bias, n))
-        return y if residual is None else y + residual
-    return reference_linear(x, values, crow, col, pos, bias, n, scale, residual, activation, quantise_x)
+torch.library.register_kernel(LINEAR, "cuda", cuda.linear)
+torch.library.register_kernel(LINEAR_DX, "cuda", cuda.linear_dx)
+torch.library.register_kernel(LINEAR_DW, "cuda", cuda.linear_dw)
 
 
 # --- fakes --------------------------------------------------------------------------------------------------------
@@ -80,12 +75,6 @@ def _fake_dw(dy, x, crow, col, pos, r, c, blocks):  # type: ignore[no-untyped-de
 @torch.library.register_fake(GATHER)
 def _fake_gather(weight, crow, col, r, c):  # type: ignore[no-untyped-def]
     return weight.new_empty(col.shape[0], c, r)
-
-
-def refuse_second_derivative() -> None:
-    """Called by the backward formulas: they are not differentiable themselves, and torch would only warn."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("a block-sparse product has no second derivative; leave out create_graph=True")
 
 
 # --- autograd -----------------------------------------------------------------------------------------------------
@@ -120,6 +109,10 @@ _packed_linear = packed_linear._op  # without the overload's own Python frame, w
 GRADIENT_DTYPES = (torch.float32, torch.float64)  # of the CPU kernels of gradients
 
 
+def _no_gradient_kernel(t: Tensor) -> bool:
+    return not t.is_cuda and t.dtype not in GRADIENT_DTYPES
+
+
 def _use_reference(values: Tensor) -> bool:
     return backends.select(values.device.type, values.dtype, (values.shape[2], values.shape[1])) == "reference"
 
@@ -144,7 +137,7 @@ def linear_dx(
 ) -> Tensor:
     """`dy [M, N] @ W` by the selected backend, `[M, k]`. `transposed`: the lists (crow_t, row_t, pos_t), which serve a
     few rows faster."""
-    if _use_reference(values) or values.dtype not in GRADIENT_DTYPES or values.is_cuda:
+    if _use_reference(values) or _no_gradient_kernel(values):
         return reference_dx(dy, values, crow, col, pos, k)
     return torch.ops.sparse_pathways.bcsr_linear_dx.default(dy, values, crow, col, pos, k, *(transposed or ()))
 
@@ -153,7 +146,7 @@ def linear_dw(
     dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, pos: Tensor | None, r: int, c: int, blocks: int = -1
 ) -> Tensor:
     """`dy.T @ x` on the kept blocks by the selected backend: `[blocks, c, r]`, or `[N, K]` where `blocks` is -1."""
-    if backends.select(x.device.type, x.dtype, (r, c)) == "reference" or x.dtype not in GRADIENT_DTYPES or x.is_cuda:
+    if backends.select(x.device.type, x.dtype, (r, c)) == "reference" or _no_gradient_kernel(x):
         return reference_dw(dy, x, crow, col, pos, r, c, blocks)
     return torch.ops.sparse_pathways.bcsr_linear_dw.default(dy, x, crow, col, pos, r, c, blocks)
 
@@ -197,7 +190,11 @@ def _product(
 
 
 def _mixed(x: Tensor, packed: PackedWeight, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """Rows of one batch through different pathways: one product per pathway that occurs."""
+    """Rows of one batch through different pathways: on CUDA by one operator, else one product per pathway that
+    occurs."""
+    if pathways.serves(packed):
+        lists = pathways.lists_of(packed)
+        return torch.ops.sparse_pathways.bcsr_pathway_linear(x, packed.values, rows, *lists, bias, packed.shape[0])
     y = x.new_empty(x.shape[0], packed.shape[0])
     for number in range(len(packed.pathways)):
         mine = (rows == number).nonzero().flatten()
@@ -216,7 +213,10 @@ def _check_rows(rows: Tensor, packed: PackedWeight, count: int) -> Tensor:
         raise ValueError(
             f"pathway is a tensor {rows.dtype} {tuple(rows.shape)}; want a LongTensor [{count}], one index per row of x"
         )
-    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(packed.pathways):
+    if rows.is_cuda:  # looking at the numbers would wait for the device
+        inside = ((rows >= 0) & (rows < len(packed.pathways))).all()
+        torch._assert_async(inside, f"pathway: an index is outside 0..{len(packed.pathways) - 1}")
+    elif rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(packed.pathways):
         raise unknown_pathway(f"index {int(rows.min())}..{int(rows.max())}", map(str, enumerate(packed.pathways)))
     return rows.to(packed.device)
 

@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_pathways.checks import grid
 from sparse_pathways.layout.bcsr import block_rows
+from sparse_pathways.mask import expand_mask, unpack_bits
 
 # In the order of the enum in csrc/core/types.h.
 ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (lambda y: y, F.relu, F.gelu, F.silu, torch.tanh)
 ACTIVATION_NAMES = (None, "relu", "gelu", "silu", "tanh")
 
 
-def _dense(values: Tensor, rows: Tensor, cols: Tensor, blocks: int, columns: int) -> Tensor:
+def dense_of_blocks(values: Tensor, rows: Tensor, cols: Tensor, blocks: int, columns: int) -> Tensor:
     """Dense `[NB * R, KB * C]` with `values [nnz, C, R]` at block (rows, cols)."""
     c, r = values.shape[1:]
     grid = values.new_zeros(blocks, columns, c, r)
@@ -54,7 +56,9 @@ def reference_linear(
     """
     columns = -(-x.shape[1] // values.shape[1])
     used = (values if pos is None else values[pos]).to(x.dtype)
-    weight = _dense(used, block_rows(crow, col.numel()), col.long(), crow.numel() - 1, columns)[:n, : x.shape[1]]
+    weight = dense_of_blocks(used, block_rows(crow, col.numel()), col.long(), crow.numel() - 1, columns)[
+        :n, : x.shape[1]
+    ]
     if quantise_x and scale is not None:
         whole, factor = quantise_rows(x)
         y = F.linear(whole.double(), weight.double()).float() * factor * scale[:n]  # in double the integers are exact
@@ -79,7 +83,7 @@ def reference_dx(
     """`dy [M, N] @ W`, `[M, k]`; the transposed lists only tell kernels the same once more."""
     columns = -(-k // values.shape[1])
     used = values if pos is None else values[pos]
-    weight = _dense(used, block_rows(crow, col.numel()), col.long(), crow.numel() - 1, columns)
+    weight = dense_of_blocks(used, block_rows(crow, col.numel()), col.long(), crow.numel() - 1, columns)
     return dy @ weight[: dy.shape[1], :k]
 
 
@@ -90,9 +94,19 @@ def reference_dw(
     values = reference_gather(dy.T @ x, crow, col, r, c)
     if blocks < 0:
         columns = -(-x.shape[1] // c)
-        dense = _dense(values, block_rows(crow, col.numel()), col.long(), crow.numel() - 1, columns)
+        dense = dense_of_blocks(values, block_rows(crow, col.numel()), col.long(), crow.numel() - 1, columns)
         return dense[: dy.shape[1], : x.shape[1]].contiguous()
     return values if pos is None else values.new_zeros(blocks, c, r).index_copy(0, pos.long(), values)
+
+
+def reference_masked_weight(
+    weight: Tensor, bits: Tensor, r: int, c: int, dense_grad: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`[N, K]` with pruned blocks zeroed, contiguous, in `dtype`; `bits` are the block mask's."""
+    blocks, columns = grid((weight.shape[0], weight.shape[1]), (r, c))
+    mask = unpack_bits(bits, blocks * columns).view(blocks, columns)
+    kept = torch.where(expand_mask(mask, (r, c), (weight.shape[0], weight.shape[1])), weight, 0)
+    return kept.to(dtype or weight.dtype, memory_format=torch.contiguous_format)
 
 
 def reference_gather(weight: Tensor, crow: Tensor, col: Tensor, r: int, c: int) -> Tensor:
