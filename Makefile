@@ -17,7 +17,7 @@ $(VENV)/.torch: pyproject.toml
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(CPP)
-	$(BIN)/pip install --disable-pip-version-check --no-build-isolation -e ".[asr,dev]"
+	$(BIN)/pip install --disable-pip-version-check --no-build-isolation -e ".[asr,dev,lightning,transformers,tensorboard]"
 	touch $@
 
 demo: setup  ## the whole path on synthetic speech: corpus, dense model, pruning, packing, table, report (under 20 minutes)

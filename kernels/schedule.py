@@ -46,7 +46,7 @@ def precision(dtype: torch.dtype) -> str:
 def rule(m: int, out: int, red: int, dtype: torch.dtype) -> Schedule:
     """Schedule of `m` rows times blocks of `out` outputs and `red` inputs."""
     tile_m = max(16, triton.next_power_of_2(m))
-    if dtype == torch.float32 and precision(dtype) == "ieee":  # FMA units: operands live in registers, so tiles stay small
+    if dtype == torch.float32 and precision(dtype) == "ieee":  # FMA units: operands in registers
         return Schedule(min(32, tile_m), min(out, 64), min(red, 32), num_warps=4, num_stages=2)
     tile_m, tile_out = min(128, tile_m), min(out, 128)
     warps = 8 if tile_m * tile_out >= 128 * 128 else 4

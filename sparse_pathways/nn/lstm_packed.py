@@ -207,21 +207,23 @@ class PackedLayerNormLSTM(nn.Module):
             g, k = g_norm._parameters, c_norm._parameters  # type: ignore[union-attr]
             norm = Norm(g["weight"], g["bias"], k["weight"], k["bias"], g_norm.eps, c_norm.eps)  # type: ignore[arg-type, union-attr]
         weights = _weights(x2g, modules["p2g"])  # type: ignore[arg-type]
-        if state is not None and input.dim() == 3 and input.size(2) == weights[0].packed.shape[1]:
+        if state is None:
+            h = c = input.new_zeros(*input.shape[1:-1], self.hidden_dim)
+        else:
             h, c = state
+        if input.dim() == 3 and input.size(2) == weights[0].packed.shape[1]:
             if h.dim() == 2 and h.size(0) == input.size(1):
                 try:
                     if (result := self._prepared.run(input, h, c, *weights, norm)) is not None:
                         return result[0], list(result[1:])
                 except RuntimeError:
                     pass  # something does not fit: the checks below find the words
-        return self._checked(input, state, weights, norm)
+        return self._checked(input, h, c, weights, norm)
 
     def _checked(
-        self, input: Tensor, state: list[Tensor] | None, weights: tuple[Weight, Weight], norm: Norm | None
+        self, input: Tensor, h: Tensor, c: Tensor, weights: tuple[Weight, Weight], norm: Norm | None
     ) -> tuple[Tensor, list[Tensor]]:
         inputs, shape = weights[0].packed.shape[1], (*input.shape[1:-1], self.hidden_dim)
-        h, c = state or (input.new_zeros(shape), input.new_zeros(shape))
         if input.dim() != 3 or input.shape[2] != inputs or h.shape != shape or c.shape != shape:
             raise ValueError(
                 f"input has shape {tuple(input.shape)}, the state {tuple(h.shape)} and {tuple(c.shape)}; "

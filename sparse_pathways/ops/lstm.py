@@ -160,6 +160,15 @@ def _whole(x: Tensor, h: Tensor, c: Tensor, ih: Weight, hh: Weight, norm: Norm |
     return _bcsr_lstm(x.contiguous(), h.contiguous(), c.contiguous(), *weights, *norms, reverse, ih.packed.quantise_x)
 
 
+def _prepared_weight(packed: PackedWeight, bias: Tensor | None, pathway: Any) -> PreparedWeight:
+    """Kept with the packed weight, one per pathway, so that a switch of pathways prepares nothing again."""
+    ready = packed.prepared.get(pathway)
+    if ready is None or ready.bias is not bias or ready.activation is not None or ready.is_stale():
+        ready = prepare(packed, pathway, bias if bias is None else bias.contiguous(), None, 0)
+        packed.prepared[pathway] = ready
+    return ready
+
+
 class Prepared:
     """The weights of one layer and direction prepared, kept until one of the parts they are made of is another.
 
@@ -205,10 +214,7 @@ class Prepared:
             return
         self._parts = (*ih, *hh, *(norm or ()))
         self._ids = tuple(map(id, self._parts))  # an id is good only while its object lives
-        self._weights = tuple(
-            prepare(packed, pathway, None if bias is None else bias.contiguous(), None, 0)  # type: ignore[arg-type]
-            for packed, bias, pathway in (ih, hh)
-        )
+        self._weights = tuple(_prepared_weight(*weight) for weight in (ih, hh))
         handles = [weight.handle for weight in self._weights]
         last = (*(norm or (None, None, None, None, 0.0, 0.0)), reverse) if reverse else norm or ()
         self._arguments = (*handles, *last)  # every argument takes time, defaults too

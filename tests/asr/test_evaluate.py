@@ -7,6 +7,7 @@ import torch
 
 from sparse_pathways.asr import evaluate as ev
 from sparse_pathways.asr.features import LogMel
+from sparse_pathways.ops import library
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,10 @@ def test_profile_finds_the_packed_product(packed, recogniser, examples):
     found = ev.operator_profile(packed, [example])
     assert found["operator"] == "sparse_pathways::*"
     assert found["calls"] >= segments * 2 * 5  # two layers of five products each, besides the predictor's
-    assert 0 < found["share"] < 1 and len(found["top"]) in (6, 7)
+    assert 0 < found["share"] < 1 and len(found["top"]) >= 6
+    if library.MISSING is None:  # a first utterance comes before the recording: by then everything is prepared
+        ours = {name for name, _, _ in found["top"] if name.startswith("sparse_pathways::")}
+        assert ours == {"sparse_pathways::packed_linear", "sparse_pathways::packed_lstm"}
     dense = ev.operator_profile(recogniser, [example])
     assert (dense["calls"], dense["share"]) == (0, 0)
 
