@@ -156,8 +156,7 @@ const char* launch(dim3 grid, int threads, size_t shared_bytes, cudaStream_t str
 
 namespace sp {
 
-// --- element types
-// ------------------------------------------------------------------------------------------------------
+// --- element types --------------------------------------------------------------------------------------------------
 struct Bf16Type {
   using Bits = uint16_t;
   static constexpr bool kBf16 = true;

@@ -21,8 +21,8 @@ constexpr int kMaxSharedBytes = 160 << 10;  // of one block: what sm_80 and sm_9
 
 inline size_t size_of(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
 
-// --- strips: the packed order of these kernels
-// ---------------------------------------------------------------------------- A weight [N, K] is cut into strips of P
+// --- strips: the packed order of these kernels ----------------------------------------------------------------------
+// A weight [N, K] is cut into strips of P
 // outputs and its inputs into chunks of 512. The list of a strip and a chunk names the inputs that any block of the
 // strip keeps, in octets of 8:
 //
@@ -81,8 +81,7 @@ struct PackArgs {
 const char* pack_count(const PackArgs& args, Stream stream);
 const char* pack_fill(const PackArgs& args, Stream stream);
 
-// --- y = activation(x W^T + bias) + residual
-// -----------------------------------------------------------------------------
+// --- y = activation(x W^T + bias) + residual ------------------------------------------------------------------------
 struct LinearArgs {
   Strips weight;
   const void* x;  // [m, k], rows x_stride elements apart
@@ -105,8 +104,8 @@ struct Geometry {
 };
 Geometry linear_geometry(const LinearArgs& args, Dtype dtype, int multiprocessors);
 
-// --- one step of an LSTM
-// ------------------------------------------------------------------------------------------------- gates = W_ih x +
+// --- one step of an LSTM --------------------------------------------------------------------------------------------
+// gates = W_ih x +
 // W_hh h + bias (or input + W_hh h + bias), in the order input, forget, cell, output; with g_weight normalised over all
 // 4H. c' = sigmoid(f) c + sigmoid(i) tanh(g), with g_weight normalised over H; h' = sigmoid(o) tanh(c'). Both weights
 // in strips of 8.
@@ -134,8 +133,8 @@ struct LstmStepArgs {
 bool lstm_fits(int width, int hidden, Dtype dtype);
 const char* lstm_step(const LstmStepArgs& args, Dtype dtype, Stream stream);
 
-// --- index lists of block masks
-// -------------------------------------------------------------------------------------------- The lists of one layer,
+// --- index lists of block masks -------------------------------------------------------------------------------------
+// The lists of one layer,
 // in memory of fixed capacity, so that a graph can be captured over changing masks.
 struct ListsLayer {
   const uint8_t* mask;  // [rows, cols], bytes 0 or 1

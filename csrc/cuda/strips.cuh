@@ -21,8 +21,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 template <typename T>
 constexpr int kBytes = sizeof(typename T::Bits);
 
-// --- the tile
-// ----------------------------------------------------------------------------------------------------------------
+// --- the tile -------------------------------------------------------------------------------------------------------
 template <typename T, int kBM>
 struct Tile {
   static constexpr int kRow = kBM * kBytes<T>;  // bytes of the row of one input
@@ -110,8 +109,7 @@ __device__ __forceinline__ void fill_tile(unsigned char* tile, const void* x, in
 // Inputs that a tile of `count` has rows for: whole loads.
 constexpr int tile_rows(int count) { return (count + 7) / 8 * 8; }
 
-// --- operand B: values of an octet, as the lanes hold them
-// ---------------------------------------------------------------------
+// --- operand B: values of an octet, as the lanes hold them ----------------------------------------------------------
 template <typename T, int kP>
 struct Octet {
   static constexpr int kWords = kP / 8 * kBytes<T> / 2;  // per lane
@@ -140,8 +138,8 @@ __device__ __forceinline__ uint32_t tf32_low(uint32_t bits) {
   return float_to_bits(bits_to_float(bits) - bits_to_float(tf32_high(bits)));
 }
 
-// --- the product with one list
-// ---------------------------------------------------------------------------------------------- acc[i][j] += rows 16
+// --- the product with one list --------------------------------------------------------------------------------------
+// acc[i][j] += rows 16
 // (mt0 + i) .. of the tile, times outputs 8 j .. of the strip, over octets begin + 2 part, + 1, then 2 parts further.
 // `ids` count from the first input of the tile.
 template <typename T, int kP, int kBM, int kMT>
@@ -227,8 +225,8 @@ __device__ __forceinline__ void accumulate(float (&acc)[kMT][kP / 8][4], const S
   }
 }
 
-// --- activations
-// ------------------------------------------------------------------------------------------------------------- Few
+// --- activations ----------------------------------------------------------------------------------------------------
+// Few
 // instructions each, since they are unrolled over all sums of a thread; within 3e-7 of the functions they stand for, as
 // a share of 1 or of the result. NaN stays NaN.
 __device__ __forceinline__ float sigmoid(float v) { return __fdividef(1.0f, 1.0f + expf(-v)); }

@@ -136,8 +136,7 @@ SP_OUTLINE void store(void* to, V v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
-// --- numbers
-// ---------------------------------------------------------------------------------------------------------------
+// --- numbers --------------------------------------------------------------------------------------------------------
 inline float bits_to_float(uint32_t bits) {
   float f;
   __builtin_memcpy(&f, &bits, 4);
@@ -169,7 +168,7 @@ inline uint16_t float_to_bf16(float f) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// --- matrix instructions ---------------------------------------------------------------------------------------------
+// --- matrix instructions --------------------------------------------------------------------------------------------
 SP_OUTLINE void ldmatrix_x4_trans(uint32_t (&out)[4], uint32_t address) {
   emulation::ldmatrix_trans(SP_SITE, address, out, 4);
 }
@@ -192,8 +191,7 @@ SP_OUTLINE void mma_1688_tf32(float (&d)[4], const uint32_t (&a)[4], const uint3
   emulation::mma(SP_SITE, emulation::Matrix::kTf32, nullptr, d, a, b);
 }
 
-// --- addresses, launch
-// --------------------------------------------------------------------------------------------------
+// --- addresses, launch ----------------------------------------------------------------------------------------------
 inline int unknown(int v) { return v; }
 inline unsigned char* shared_memory() { return emulation::shared_base(); }
 

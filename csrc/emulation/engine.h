@@ -48,8 +48,7 @@ void limit_blocks(uint64_t limit);
 Counters take_counters();
 std::vector<std::string> take_faults();
 
-// --- for emulation/cuda.h: what a thread of the running kernel asks for
-// --------------------------------------------------
+// --- for emulation/cuda.h: what a thread of the running kernel asks for ---------------------------------------------
 struct Place {
   Index thread, block, block_dim, grid_dim;
   unsigned lane;

@@ -71,8 +71,7 @@ const void* vector_data(const std::optional<Tensor>& tensor, const char* name, i
   return tensor->const_data_ptr();
 }
 
-// --- strips
-// ------------------------------------------------------------------------------------------------------------
+// --- strips ---------------------------------------------------------------------------------------------------------
 std::tuple<Tensor, Tensor, Tensor, Tensor> strips_pack_cuda(const Tensor& source, const Tensor& crow, const Tensor& col,
                                                             const std::optional<Tensor>& pos, int64_t n, int64_t k,
                                                             int64_t r, int64_t c, int64_t p, int64_t capacity) {
@@ -170,8 +169,7 @@ Tensor strips_linear_cuda(const Tensor& x, const Tensor& values, const Tensor& i
   return y;
 }
 
-// --- LSTM
-// ------------------------------------------------------------------------------------------------------------------
+// --- LSTM -----------------------------------------------------------------------------------------------------------
 // All steps of one direction of one layer: one launch each, and for more than one step the input product of all before.
 std::tuple<Tensor, Tensor, Tensor> strips_lstm_cuda(
     const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& values_ih, const Tensor& ids_ih,
@@ -261,8 +259,8 @@ std::tuple<Tensor, Tensor, Tensor> strips_lstm_cuda(
   return {y, h_last, c_last};
 }
 
-// --- index lists
-// ----------------------------------------------------------------------------------------------------------- `table`
+// --- index lists ----------------------------------------------------------------------------------------------------
+// `table`
 // [layers, sizeof(ListsLayer) / 8] int64 and `first` [layers + 1] int32, on the device: the masks, the lists and their
 // work space, by address; whoever made the table keeps them alive.
 void mask_lists_cuda(const Tensor& table, const Tensor& first, int64_t jobs) {

@@ -50,7 +50,7 @@ def _object(source: Path, flavour: str, changes: Changes) -> Path:
     flags = [*COMMON, *FLAVOURS[flavour]]
     if source.suffix == ".cu" and flavour == "traced":
         flags += HOOKS
-    if source.name == "engine.cpp" and flavour == "traced":
+    if source.parent.name == "emulation" and flavour == "traced":
         flags += ["-O2"]
     key = hashlib.sha256("\0".join([*compiler(), *flags, name, text, _headers(changes)]).encode()).hexdigest()[:24]
     target = BUILD / flavour / f"{source.stem}-{key}.o"
@@ -83,7 +83,7 @@ def build(flavour: str, changes: Changes | None = None, only: tuple[str, ...] = 
     only = only or tuple(Path(name).name for name in changes)
     sources = [
         *sorted((SOURCES / "cuda").glob("*.cu")),
-        SOURCES / "emulation" / "engine.cpp",
+        *sorted((SOURCES / "emulation").glob("*.cpp")),
         *sorted((SOURCES / "tests" / "cuda").glob("*.cpp")),
     ]
     with ThreadPoolExecutor(2) as pool:

@@ -95,6 +95,6 @@ MUTATIONS = (
         LSTM,
     ),
     Mutation("lstm: missing fence", "lstm", "strips_lstm.cu", "  __threadfence();\n  __sync", "  __sync", LSTM),
-    Mutation("lstm: tail", "lstm", "strips_lstm.cu", "m < args.rows) {", "m <= args.rows) {", LSTM),
+    Mutation("lstm: tail", "lstm", "strips_lstm.cu", "m < args.rows) {", "m <= args.rows) {", LSTM, "address"),
     Mutation("lstm: rows of a tile", "lstm", "strips_lstm.cu", "r < kRows && m0", "r < kRows - 1 && m0", LSTM),
 )

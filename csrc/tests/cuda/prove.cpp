@@ -103,7 +103,6 @@ bool report(const std::string& name, const char* error, const std::string& wrong
   printf("%s %s\n", passed ? "ok  " : "FAIL", name.c_str());
   if (error != nullptr) printf("     %s\n", error);
   if (!wrong.empty()) printf("     %s\n", wrong.c_str());
-  for (const std::string& fault : faults) printf("     %s\n", fault.c_str());
   fflush(stdout);
   emulation::watch_nothing();
   return passed;

@@ -146,7 +146,7 @@ struct Packed {
   cuda::Strips strips;
 };
 
-// Prints faults of the emulator, a message of a launch, and whether the case passed.
+// Prints whether the case passed: no message of a launch, nothing wrong, and no fault, which the emulator has printed.
 bool report(const std::string& name, const char* error, const std::string& wrong);
 
 // A lane of the memory that a kernel was given was wrong: "y[3, 5] = 1 but 2 +- 1e-3", once per case.

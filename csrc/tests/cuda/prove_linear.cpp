@@ -141,6 +141,31 @@ bool check(const Case& one) {
   return report(describe(one), error, compare(y, want, bound, one.n, "y"));
 }
 
+// All inputs kept: nothing keeps the gathers and the transposing stores from every bank at once.
+bool check_conflicts(int tile_m, Dtype dtype) {
+  Weight w(16, 512, 8, 1, 1.0, dtype, true, false);
+  Packed packed(w, 8);
+  Tensor x(dtype, static_cast<size_t>(tile_m) * 512, "x", Access::kRead);
+  Tensor y(dtype, static_cast<size_t>(tile_m) * 16, "y", Access::kWrite);
+  for (size_t i = 0; i < x.count; ++i) x.set(i, 0);
+  cuda::LinearArgs args{};
+  args.weight = packed.strips;
+  args.x = x.data();
+  args.x_stride = 512;
+  args.y = y.data();
+  args.m = args.tile_m = tile_m;
+  emulation::take_counters();
+  const char* error = cuda::linear(args, dtype, 1, nullptr);
+  const emulation::Counters counted = emulation::take_counters();
+  std::string wrong;
+  if (counted.shared_wavefronts > counted.shared_ideal) {
+    wrong = "bank conflicts: " + std::to_string(counted.shared_wavefronts) + " wavefronts; want " +
+            std::to_string(counted.shared_ideal);
+  }
+  return report(std::string("linear ") + name_of(dtype) + " without bank conflicts, tile " + std::to_string(tile_m),
+                error, wrong);
+}
+
 }  // namespace
 
 bool prove_pack(bool quick) {
@@ -231,7 +256,8 @@ bool prove_linear(bool quick) {
   }
   bool passed = true;
   for (const Case& one : cases) passed &= check(one);
-  return passed;
+  for (const int tile : {64, 128}) passed &= check_conflicts(tile, kBf16);
+  return check_conflicts(64, kFloat) && passed;
 }
 
 }  // namespace sp::prove
