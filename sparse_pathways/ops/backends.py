@@ -1,7 +1,8 @@
 """The only table of which kernel serves a product, and the words for it.
 
 Backends: "portable", "avx2", "avx512", "avx512_dot" (C++, CPU; the last is AVX-512 with VNNI, BF16 and VBMI), "triton"
-(CUDA), "reference" (PyTorch, any device and dtype) and "dense" (`F.linear`, taken in training where it is faster).
+(CUDA), "cuda" (C++ on CUDA: inference with blocks of 8 and more outputs, not yet run on a device), "reference"
+(PyTorch, any device and dtype) and "dense" (`F.linear`, taken in training where it is faster).
 The environment variable SPARSE_PATHWAYS_BACKEND, read
 at the first product, forces one; a product it cannot serve is an error, not a fallback.
 """
@@ -17,10 +18,10 @@ from contextlib import contextmanager
 import torch
 
 from sparse_pathways.checks import BackendUnavailable, Block
-from sparse_pathways.ops import library
+from sparse_pathways.ops import library, strips
 
 ISAS = ("portable", "avx2", "avx512", "avx512_dot")
-NAMES = ("reference", *ISAS, "triton")
+NAMES = ("reference", *ISAS, "triton", "cuda")
 VARIABLE = "SPARSE_PATHWAYS_BACKEND"
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.int8)  # of stored values; every ISA has a forward kernel for them
 
@@ -46,6 +47,8 @@ def _why_not(name: str, device: str, dtype: torch.dtype, block: Block) -> str | 
         return None if dtype in CPU_DTYPES else f"it has no {dtype} kernel"
     if device != "cuda":
         return f"it runs on CUDA devices, the tensors are on {device}"
+    if name == "cuda":
+        return strips.refusal(dtype, block)
     if not triton_installed():
         return "Triton is not installed"
     from sparse_pathways.kernels.schedule import refusal  # imports Triton: only where it may run
@@ -129,8 +132,10 @@ def select(device: str, dtype: torch.dtype, block: Block) -> str:
             return _isa
         if dtype == torch.float64:
             return "portable"
-    if device == "cuda" and _why_not("triton", device, dtype, block) is None:
-        return "triton"
+    if device == "cuda":
+        for name in ("triton", "cuda"):  # square tiles; blocks that are too narrow for them
+            if _why_not(name, device, dtype, block) is None:
+                return name
     return "reference"
 
 
@@ -141,5 +146,6 @@ def explain_product(device: str, dtype: torch.dtype, block: Block) -> str:
         return f"{name}: forced by {VARIABLE} or force()"
     if name != "reference":
         return f"{name}: the widest kernel that this {device.upper()} and {dtype} have"
-    fast = "triton" if device == "cuda" else "portable"
-    return f"reference (slow), because of {fast}: {_why_not(fast, device, dtype, block)}"
+    fast = ("triton", "cuda") if device == "cuda" else ("portable",)
+    reasons = "; ".join(f"{name}: {_why_not(name, device, dtype, block)}" for name in fast)
+    return f"reference (slow), because of {reasons}"

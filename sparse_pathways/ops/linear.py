@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_pathways.checks import refuse_second_derivative, unknown_pathway
 from sparse_pathways.layout.packed import BlockIndex, PackedWeight
-from sparse_pathways.ops import backends, cuda, pathways
+from sparse_pathways.ops import backends, cuda, pathways, strips
 from sparse_pathways.ops.prepared import packed_linear, prepare
 from sparse_pathways.ops.reference import (
     ACTIVATION_NAMES,
@@ -175,9 +175,10 @@ def _product(
     n, values, scale = packed.shape[0], packed.values, packed.scale
     quantise_x = packed.quantise_x
     differentiable = _wants_grad(x, values, bias, residual)
-    if backends.select(packed.device.type, values.dtype, packed.block) == "reference" or (
-        differentiable and scale is not None
-    ):
+    name = backends.select(packed.device.type, values.dtype, packed.block)
+    if name == "cuda" and not differentiable and not torch.compiler.is_compiling():
+        return strips.linear(x, packed, index, bias, residual, activation)
+    if name == "reference" or (differentiable and scale is not None):
         return reference_linear(x, values, *index, bias, n, scale, residual, activation, quantise_x)
     if torch.compiler.is_compiling() or differentiable:
         y = ACTIVATIONS[activation](_bcsr_linear(x, values, *index, bias, n, scale, None, 0, quantise_x))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_pathways.layout.packed import PackedWeight
-from sparse_pathways.ops import backends
+from sparse_pathways.ops import backends, strips
 from sparse_pathways.ops.linear import _wants_grad, autocast_dtype, sparse_linear
 from sparse_pathways.ops.prepared import Prepared as PreparedWeight
 from sparse_pathways.ops.prepared import eager_only, prepare
@@ -134,13 +134,13 @@ _packed_lstm = torch.ops.sparse_pathways.packed_lstm.default._op  # as for packe
 
 
 def kernel_name(ih: PackedWeight, hh: PackedWeight) -> str:
-    """Backend that serves a layer with these weights; "reference" is the composition of products.
+    """CPU backend that serves a layer with these weights; "reference" is the composition of products.
 
     Raises:
         BackendUnavailable: a backend is forced and cannot serve it.
     """
     names = {backends.select(w.device.type, w.dtype, w.block) for w in (ih, hh)}
-    return names.pop() if len(names) == 1 and names.isdisjoint({"reference", "triton"}) else "reference"
+    return names.pop() if len(names) == 1 and names.isdisjoint({"reference", "triton", "cuda"}) else "reference"
 
 
 def _served(ih: Weight, hh: Weight) -> bool:
@@ -231,6 +231,17 @@ def compose(
     return _in_shape(_recur(inputs.view(*xs.shape[:2], -1), h0, c0, product, norm, reverse), x, h)
 
 
+def _takes_strips(x: Tensor, h: Tensor, ih: Weight, hh: Weight) -> bool:
+    """Whether the CUDA C++ kernel serves this call."""
+    if not x.is_cuda or torch.compiler.is_compiling() or isinstance(ih.pathway, Tensor) or ih.packed.dtype != x.dtype:
+        return False
+    names = {backends.select("cuda", w.packed.dtype, w.packed.block) for w in (ih, hh)}
+    steps = x.numel() // max(1, x.shape[-1] * h.numel() // h.shape[-1])
+    return (
+        names == {"cuda"} and hh.packed.dtype == x.dtype and strips.takes_lstm(steps, x.shape[-1], h.shape[-1], x.dtype)
+    )
+
+
 def sparse_lstm(
     x: Tensor, h: Tensor, c: Tensor, ih: Weight, hh: Weight, norm: Norm | None = None, reverse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,6 +264,10 @@ def sparse_lstm(
         return y.to(low), h.to(low), c.to(low)
     trained = () if norm is None else norm[:4]
     if not _wants_grad(x, h, c, ih.packed.values, ih.bias, hh.packed.values, hh.bias, *trained):
+        if _takes_strips(x, h, ih, hh):
+            xs, h0, c0 = (t.contiguous() for t in _as_steps(x, h, c))
+            weights = [(w.packed, w.packed.index(w.pathway), w.bias) for w in (ih, hh)]  # type: ignore[arg-type]
+            return _in_shape(strips.lstm(xs, h0, c0, *weights, norm, reverse), x, h)
         if _served(ih, hh):
             return _whole(x, h, c, ih, hh, norm, reverse)
     return compose(x, h, c, ih, hh, norm, reverse)
