@@ -51,10 +51,12 @@ sanitized = $(BIN)/cmake -S . -B build/sanitize/$(1) -G Ninja -DCMAKE_MAKE_PROGR
   -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DSP_SANITIZE=$(subst -,$(comma),$(1)) >/dev/null \
   && $(BIN)/cmake --build build/sanitize/$(1) --target $(2)
 
-# A machine without a GPU proves the GPU code by Triton's interpreter, by compilation and by faults planted in it.
+# A machine without a GPU proves the GPU code by Triton's interpreter, by an emulator of the CUDA sources, by compilation
+# and by faults planted in it.
 prove: setup  ## everything that proves the GPU kernels without a GPU (half an hour; its core is in `make test`)
-	SPARSE_PATHWAYS_PROVE=1 $(BIN)/python -m pytest tests/kernels tests/benchmarks/test_gpu.py
+	SPARSE_PATHWAYS_PROVE=1 $(BIN)/python -m pytest tests/kernels tests/cuda tests/benchmarks/test_gpu.py
 	$(BIN)/python benchmarks/gpu/model.py
+	$(BIN)/python tests/cuda/model.py
 
 # The GPU machines have Triton 3.6; torch comes with a newer one. Beside it, in a folder of its own, 3.6 goes first.
 TRITON_OLD := 3.6.0

@@ -38,10 +38,12 @@ def missing() -> str | None:
     return None if shutil.which(compiler()[0]) else f"{compiler()[0]} is not installed"
 
 
-def _headers(changes: Changes) -> str:
-    texts = [changes.get(str(p.relative_to(SOURCES)), p.read_text()) for p in sorted(SOURCES.rglob("*.[hc]*h"))]
-    texts += [p.read_text() for p in sorted(SOURCES.rglob("*.h"))]
-    return "".join(texts)
+def _headers(source: Path, changes: Changes) -> str:
+    """All that `source` may include; kernels include nothing of the checks."""
+    folders = ["cuda", "emulation", *(["tests/cuda"] if "tests" in source.parts else [])]
+    paths = [p for folder in folders for end in ("h", "cuh") for p in sorted((SOURCES / folder).glob(f"*.{end}"))]
+    paths.append(SOURCES / "core" / "types.h")
+    return "".join(changes.get(str(p.relative_to(SOURCES)), p.read_text()) for p in paths)
 
 
 def _object(source: Path, flavour: str, changes: Changes) -> Path:
@@ -52,7 +54,7 @@ def _object(source: Path, flavour: str, changes: Changes) -> Path:
         flags += HOOKS
     if source.parent.name == "emulation" and flavour == "traced":
         flags += ["-O2"]
-    key = hashlib.sha256("\0".join([*compiler(), *flags, name, text, _headers(changes)]).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\0".join([*compiler(), *flags, name, text, _headers(source.relative_to(ROOT), changes)]).encode()).hexdigest()[:24]
     target = BUILD / flavour / f"{source.stem}-{key}.o"
     if target.exists():
         return target
