@@ -76,6 +76,7 @@ class Check {
       arrange_(args, arranged.data.get());
       args.arranged = arranged.data.get();
     }
+    wide_datapath = rng() % 2;  // some kernels are for one kind of processor
     in_shares(args);
     if (args.m > 0) plant(weight.values, y);
     ++products;
