@@ -43,7 +43,6 @@ class Check {
 
   // False if a result is wrong.
   bool run(const Shape& shape, double density, bool narrow, bool indirect) {
-    wide_datapath = rng() % 2;
     const Weight<W> weight(shape, density, {narrow, indirect, product_ == Product::kDxFew});
     ProductArgs args{};
     args.m = shape.m, args.r = shape.r, args.c = shape.c;
