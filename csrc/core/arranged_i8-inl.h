@@ -317,9 +317,9 @@ class ArrangedI8 {
     const int64_t live = args_.out - n < count ? args_.out - n : count;
     const Epilogue<float, float> e = epilogue_;  // a copy: y might else change it, for all the compiler knows
     const float *scale = e.scale + n, *bias = e.bias == nullptr ? nullptr : e.bias + n;
-    const auto scaled = [&](int64_t i, int64_t j) SP_ALWAYS_INLINE {
+    const auto scaled = [&](int64_t i, int64_t j, __mmask16 there) SP_ALWAYS_INLINE {
       __m512i sum = sixteen<kParts>(run + i * kRunStride<kParts> + j * kParts);
-      if (kParts > 1) sum = _mm512_add_epi32(sum, _mm512_load_si512(a_.start + n + j));
+      if (kParts > 1) sum = _mm512_add_epi32(sum, _mm512_maskz_loadu_epi32(there, a_.start + n + j));
       return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(factors_[i]));
     };
     if (live == kRun && e.initial == nullptr && e.residual == nullptr && e.activation == Activation::kNone) {
@@ -332,7 +332,7 @@ class ArrangedI8 {
       for (int64_t i = 0; i < rows; ++i) {
         float* y = e.y + (row + i) * e.out + n;
         SP_UNROLL for (int q = 0; q < kLines; ++q) {
-          _mm512_storeu_ps(y + 16 * q, _mm512_add_ps(_mm512_mul_ps(scaled(i, 16 * q), by[q]), more[q]));
+          _mm512_storeu_ps(y + 16 * q, _mm512_add_ps(_mm512_mul_ps(scaled(i, 16 * q, 0xffff), by[q]), more[q]));
         }
       }
       return;
@@ -343,7 +343,7 @@ class ArrangedI8 {
         const __mmask16 there = static_cast<__mmask16>(live - j < 16 ? (1 << (live - j)) - 1 : 0xffff);
         const auto take = [&](const float* from)
                               SP_ALWAYS_INLINE { return (Vec<float, 16>)_mm512_maskz_loadu_ps(there, from + j); };
-        Vec<float, 16> v = (Vec<float, 16>)scaled(i, j) * take(scale);
+        Vec<float, 16> v = (Vec<float, 16>)scaled(i, j, there) * take(scale);
         if (e.initial != nullptr) v += take(e.initial + cell);
         if (bias != nullptr) v += take(bias);
         if (e.activation != Activation::kNone) v = activate<float, 16>(v, e.activation);
