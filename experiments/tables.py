@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import plots
-from experiments.cells import STUDY
-from experiments.stages import LANGUAGES, Cell, stages_of
+from experiments.stages import LANGUAGES, Cell, Study, stages_of
 from experiments.statistics import Difference, Results, Row
 
 PAGE = "results.md"
@@ -230,12 +229,12 @@ def monolingual(results: Results) -> list[str]:
     return [*lines, "", *claim_lines(results, claims), ""]
 
 
-def write_all(cells: Sequence[Cell], folder: Path, out: Path) -> None:
+def write_all(study: Study, cells: Sequence[Cell], folder: Path, out: Path) -> None:
     """The page and its plots."""
     wanted: dict[tuple[str, float], list[int]] = defaultdict(list)
     for cell in cells:
         wanted[cell.name, cell.sparsity].append(cell.seed)
-    keys = {cell.title: stages_of(STUDY, cell)[-1].key for cell in cells}
+    keys = {cell.title: stages_of(study, cell)[-1].key for cell in cells}
     results = Results(folder, dict(wanted), keys)
     lines = [
         "# Results",
