@@ -230,9 +230,8 @@ class Comparisons:
         return check_cells(
             [
                 *self.dense_cells(),
-                *self.main_cells(0.9, self.seeds[:2]),
-                *(cell for name in FIRST for cell in self.option_cells() if cell.name == name),
                 *self.main_cells(0.9),
+                *(cell for name in FIRST for cell in self.option_cells() if cell.name == name),
                 *self.cells_of([self.dynamic_magnitude_row(0.9), self.dynamic_lap_row(0.7, 0.9)], 0.9),
                 *self.main_cells(0.7),
                 *self.controls(),
