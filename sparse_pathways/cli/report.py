@@ -32,7 +32,7 @@ def main(words: list[str]) -> int:
         from sparse_pathways.report.tensorboard import write_events
 
         print(f"{write_events(read_logs(args.run), args.tensorboard)}: open with tensorboard --logdir")
-    if args.readme is not None:
+    if args.readme is not None and results is not None:
         from sparse_pathways.report.tables import update_readme
 
         update_readme(args.readme, results)
