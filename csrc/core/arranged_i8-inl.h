@@ -179,7 +179,7 @@ constexpr int64_t kRunStride = kRun * kParts + 16;
 class ArrangedI8 {
  public:
   ArrangedI8(const ProductArgs& args, const float* factors)
-      : a_(args.arranged, args, -1), args_(args), epilogue_(args), factors_(factors) {}
+      : a_(args.arranged, args, -1), args_(args), epilogue_(args), factors_(factors), cold_(args.cold) {}
 
   // A few rows x[i * stride]: a step's inputs fetched from where it says, row by row.
   template <int kS, int kM>
@@ -198,6 +198,7 @@ class ArrangedI8 {
           index = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a_.index + t * kColumns)));
         }
         const __m512i w = _mm512_load_si512(a_.weights + t * 64);
+        fetch_ahead(cold_, a_.weights + t * 64);
         const uint8_t* from = x + a_.line[t] * kLine;
         SP_UNROLL for (int i = 0; i < kM; ++i) {
           const __m512i low = _mm512_load_si512(from + i * stride), high = _mm512_load_si512(from + i * stride + kLine);
@@ -250,6 +251,7 @@ class ArrangedI8 {
           x = _mm512_castsi256_si512(joined(four(0), four(4)));
         }
         const __m512i w = _mm512_load_si512(a_.weights + t * 64);
+        fetch_ahead(cold_, a_.weights + t * 64);
         SP_UNROLL for (int i = 0; i < kM; ++i) sum[i] = dot(sum[i], _mm512_permutexvar_epi8(of_row[i], x), w);
       }
       SP_UNROLL for (int i = 0; i < kM; ++i) _mm512_store_si512(to + i * kRunStride<2>, sum[i]);
@@ -360,6 +362,7 @@ class ArrangedI8 {
     const __m512i low = bytes([](int lane, int j) { return lane % 2 * 64 + j * 16 + lane / 2; });
     const __m512i high = bytes([](int lane, int j) { return lane % 2 * 64 + j * 16 + 8 + lane / 2; });
     for (int64_t t = a_.first[s]; t < a_.first[s + 1]; ++t) {
+      fetch_ahead(cold_, a_.weights + t * 64);
       const auto four = [&](int j) SP_ALWAYS_INLINE {
         const auto at = [&](int i) SP_ALWAYS_INLINE {
           return _mm_loadu_si128(reinterpret_cast<const __m128i*>(input<8, 16>(panel, t, j + i)));
@@ -390,6 +393,7 @@ class ArrangedI8 {
       SP_UNROLL for (int z = 0; z < kZ; ++z) sums.sum[r][z] = _mm512_set1_epi32(a_.start[s * kS + r]);
     }
     for (int64_t t = a_.first[s]; t < a_.first[s + 1]; ++t) {
+      fetch_ahead(cold_, a_.weights + t * 64);
       SP_UNROLL for (int q = 0; q < kQuads; ++q) {
         const auto at = [&](int j) SP_ALWAYS_INLINE { return input<kS, kWidth>(panel, t, q * 4 + j); };
         sums.template add<kQuads>(at(0), at(1), at(2), at(3), a_.weights + t * 64 + 4 * q);
@@ -404,6 +408,7 @@ class ArrangedI8 {
   const ProductArgs& args_;
   const Epilogue<float, float> epilogue_;
   const float* factors_;  // of the rows of x
+  const bool cold_;
 };
 
 }  // namespace

@@ -51,6 +51,7 @@ SP_INLINE void dot_row(const Pairs<Index>& pairs, const float* x, float* to) {
   const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
     __m512i bits = _mm512_load_si512(pairs.weights + 8 * t);
     SP_KEEP(bits);  // one load, not one for each use
+    fetch_ahead(pairs.cold, pairs.weights + 8 * t);
     Columns a, b;
     if constexpr (sizeof(Index) == 2) {
       uint64_t four;
@@ -125,6 +126,7 @@ struct SquareSums {
     Sums sum = {};
     const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
       const Columns k = columns_of(pairs.inputs, t);
+      fetch_ahead(pairs.cold, pairs.weights + 8 * t);
       __m512i w[kHalves];
       SP_UNROLL for (int h = 0; h < kHalves; ++h) w[h] = spread(pairs.weights + 8 * t, h);
       add_pair(column(panel, k.first), column(panel, k.second), w, sum[q]);
@@ -236,6 +238,7 @@ struct RowSums {
       const Columns k = columns_of(pairs.inputs, t), l = columns_of(pairs.inputs, t + 1);
       const __m512i a = columns(panel, k.first, l.first), b = columns(panel, k.second, l.second);
       const __m512i w = _mm512_load_si512(pairs.weights + 8 * t);
+      fetch_ahead(pairs.cold, pairs.weights + 8 * t);
       const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
       const auto row = [&](auto number) SP_ALWAYS_INLINE {
         constexpr int kRow = decltype(number)::value;
@@ -298,6 +301,7 @@ struct PanelSums {
     const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
       __m512i x[kZ];
       inputs(panel, columns_of(pairs.inputs, t), x);
+      fetch_ahead(pairs.cold, pairs.weights + 8 * t);
       const double* weights = reinterpret_cast<const double*>(pairs.weights + 8 * t);
       SP_UNROLL for (int p = 0; p < 4; ++p) {
         const __m512i w = _mm512_castpd_si512(_mm512_broadcastsd_pd(_mm_load_sd(weights + p)));

@@ -17,6 +17,7 @@ struct Pairs {
   const uint32_t* weights;
   const Index* inputs;  // twice the number of the column: then the address of a column of up to 16 bytes is no sum
   int64_t count;        // without the one that makes them even
+  bool cold;            // see fetch_ahead
 };
 
 constexpr int64_t kNarrowInputs = 0x7fff;  // up to here uint16 holds twice the number of a column
@@ -103,18 +104,20 @@ struct ArrangedPairs {
 
   explicit ArrangedPairs(const ProductArgs& args) : ArrangedPairs(args, const_cast<void*>(args.arranged)) {
     inputs = reinterpret_cast<Index*>(weights + 8 * int64_t(slices[args.lists * Slices(args).per_row].start));
+    cold = args.cold;
   }
 
   SP_INLINE static int64_t room(const ProductArgs& args) { return (args.lists * Slices(args).per_row + 8) / 8 * 8; }
 
   SP_INLINE Pairs<Index> slice(int64_t s) const {
     const int64_t start = slices[s].start;
-    return {weights + 8 * start, inputs + 2 * start, slices[s].count};
+    return {weights + 8 * start, inputs + 2 * start, slices[s].count, cold};
   }
 
   Slice* slices;  // one more than there are, for the end
   uint32_t* weights;
   Index* inputs = nullptr;
+  bool cold = false;
 };
 
 // Arrange (types.h) for linear_bf16.
@@ -162,7 +165,7 @@ struct BufferedPairs {
 
   SP_INLINE Pairs<Index> slice(int64_t s) const {
     make_pairs(lists, slices, s, padded, weights, inputs);
-    return {weights, inputs, pairs_of(args, slices.row(s))};
+    return {weights, inputs, pairs_of(args, slices.row(s)), false};  // just made, so in the first cache
   }
 
   const ProductArgs& args;
