@@ -1,7 +1,8 @@
 """Pathways without speech: which of eleven kinds of sentence is this? English, French, Italian and Dutch share a model.
 
 A classifier of character trigrams at 95 % sparsity: one mask for all languages, one pathway each, and a fourth language
-added to a finished model of three by its mask alone. `python examples/text_classification.py`
+added to a finished model of three by its mask alone. The task is easy: one mask is enough for it, and what there is to
+see is the added language. `python examples/text_classification.py`
 """
 
 import json

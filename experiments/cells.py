@@ -5,230 +5,288 @@ has the same steps and batches; what a method spends before it is counted beside
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sparse_pathways as sp
 from experiments.stages import LANGUAGES, Cell, Study, check_cells
 from sparse_pathways.asr.config import CorpusConfig
 
-STUDY = Study(
-    corpus=CorpusConfig(train=1500, dev=40, test=300),
-    dense={"steps": 3000, "eval_every": 500, "checkpoint_every": 200},
-    prune={"eval_every": 500, "checkpoint_every": 200},
-)
-SEEDS = (0, 1, 2)
-JOINT = 1000  # steps of the joint phase of every multilingual method
-PER_LANGUAGE = 250  # steps per language of the pruning runs that make LSP masks
-POOLED = 400  # steps of the pruning run that makes LAP masks to start from
-ALONE = 600  # steps of every monolingual method
-
-FIRST = ("dynamic-inside", "dynamic-distil")  # of the options
+FIRST = ("dynamic-inside", "dynamic-distil", "dynamic-long")  # of the options
 
 Phases = tuple[sp.Phase, ...]
 m = sp.methods
 
 
-def single(plan: sp.PruningPlan, steps: int = JOINT) -> Phases:
-    """A method of one phase."""
-    return (sp.Phase(name="joint", plan=plan, steps=steps),)
+@dataclass(frozen=True, kw_only=True)
+class Comparisons:
+    """The cells at one scale.
 
+    Attributes:
+        study: corpus and settings of all runs.
+        seeds: of the dense models and all that follows; options and sweeps take the first two.
+        joint: steps of the joint phase of every multilingual method.
+        per_language: steps per language of the pruning runs that make LSP masks.
+        pooled: steps of the pruning run that makes LAP masks to start from.
+        alone: steps of every monolingual method.
+    """
 
-def unpruned(languages: tuple[str, ...], steps: int) -> sp.PruningPlan:
-    """Training on, with nothing pruned: what the extra steps alone are worth."""
-    return m.adaptive(languages, 0.0, schedule=sp.Constant(0.0), interval=1, freeze=0)
+    study: Study
+    seeds: tuple[int, ...]
+    joint: int
+    per_language: int
+    pooled: int
+    alone: int
 
+    def single(self, plan: sp.PruningPlan, steps: int | None = None) -> Phases:
+        """A method of one phase."""
+        steps = steps or self.joint
+        return (sp.Phase(name="joint", plan=plan, steps=steps),)
 
-def lsp(sparsity: float) -> Phases:
-    """Language-specific masks: a monolingual run per language."""
-    return m.lsp(LANGUAGES, sparsity, steps=PER_LANGUAGE)
+    def unpruned(self, languages: tuple[str, ...], steps: int) -> sp.PruningPlan:
+        """Training on, with nothing pruned: what the extra steps alone are worth."""
+        return m.adaptive(languages, 0.0, schedule=sp.Constant(0.0), interval=1, freeze=0)
 
+    def lsp(self, sparsity: float) -> Phases:
+        """Language-specific masks: a monolingual run per language."""
+        return m.lsp(LANGUAGES, sparsity, steps=self.per_language)
 
-def lap(sparsity: float) -> Phases:
-    """A language-agnostic pruning run to start from."""
-    return (sp.Phase(name="lap", plan=m.lap(LANGUAGES, sparsity, steps=POOLED), steps=POOLED),)
+    def lap(self, sparsity: float) -> Phases:
+        """A language-agnostic pruning run to start from."""
+        return (sp.Phase(name="lap", plan=m.lap(LANGUAGES, sparsity, steps=self.pooled), steps=self.pooled),)
 
+    def dynamic_from(self, source: Phases, start: float, sparsity: float, weights: str, **settings: object) -> Phases:
+        """Dynamic ASR Pathways that begins with the masks of `source`."""
+        if start == sparsity:
+            settings = {
+                "schedule": sp.Constant(sparsity),
+                "interval": self.joint // 100,
+                "freeze": round(0.7 * self.joint),
+            } | settings
+            plan = m.dynamic_asr_pathways(LANGUAGES, sparsity, **settings)
+        else:
+            plan = m.dynamic_asr_pathways(LANGUAGES, sparsity, steps=self.joint, start=start, **settings)
+        return m.joint(source, plan, self.joint, weights=weights)
 
-def dynamic_from(source: Phases, start: float, sparsity: float, weights: str, **settings: object) -> Phases:
-    """Dynamic ASR Pathways that begins with the masks of `source`."""
-    if start == sparsity:
-        settings = {
-            "schedule": sp.Constant(sparsity),
-            "interval": JOINT // 100,
-            "freeze": round(0.7 * JOINT),
-        } | settings
-        plan = m.dynamic_asr_pathways(LANGUAGES, sparsity, **settings)
-    else:
-        plan = m.dynamic_asr_pathways(LANGUAGES, sparsity, steps=JOINT, start=start, **settings)
-    return m.joint(source, plan, JOINT, weights=weights)
+    # --- rows: (row, name, phases) for one sparsity -------------------------------------------------------------------
 
+    def lap_row(self, s: float) -> tuple[str, str, Phases]:
+        """One shared mask."""
+        return "LAP", "lap", self.single(m.lap(LANGUAGES, s, steps=self.joint))
 
-# --- rows: (row, name, phases) for one sparsity -----------------------------------------------------------------------
+    def pathways_row(self, s: float) -> tuple[str, str, Phases]:
+        """The parent's method."""
+        plan = m.asr_pathways(LANGUAGES, s)
+        return "ASR Pathways, LSP masks", "pathways-lsp", m.joint(self.lsp(s), plan, self.joint)
 
+    def dynamic_row(self, s: float) -> tuple[str, str, Phases]:
+        """The language-aware score."""
+        return (
+            "Dynamic, |w g|",
+            "dynamic-wg",
+            self.single(m.dynamic_asr_pathways(LANGUAGES, s, steps=self.joint, score="gradient")),
+        )
 
-def lap_row(s: float) -> tuple[str, str, Phases]:
-    """One shared mask."""
-    return "LAP", "lap", single(m.lap(LANGUAGES, s, steps=JOINT))
+    def dynamic_magnitude_row(self, s: float) -> tuple[str, str, Phases]:
+        """The paper's score, from the dense model."""
+        plan = m.dynamic_asr_pathways(LANGUAGES, s, steps=self.joint, score="magnitude")
+        return "Dynamic, magnitude", "dynamic-magnitude", self.single(plan)
 
+    def dynamic_lap_row(self, start: float, s: float) -> tuple[str, str, Phases]:
+        """The paper's method, started from LAP."""
+        phases = self.dynamic_from(self.lap(start), start, s, "source", score="magnitude")
+        return f"Dynamic from LAP {start:.0%}, magnitude", f"dynamic-lap{round(100 * start)}", phases
 
-def pathways_row(s: float) -> tuple[str, str, Phases]:
-    """The parent's method."""
-    plan = m.asr_pathways(LANGUAGES, s)
-    return "ASR Pathways, LSP masks", "pathways-lsp", m.joint(lsp(s), plan, JOINT)
+    def dynamic_lsp_row(self, start: float, s: float) -> tuple[str, str, Phases]:
+        """The paper's method, started from LSP masks, updates and candidates inside the pathway (variant B)."""
+        phases = self.dynamic_from(self.lsp(start), start, s, "given", score="magnitude", dense_grad=start == s)
+        return f"Dynamic from LSP {start:.0%}, magnitude", f"dynamic-lsp{round(100 * start)}", phases
 
+    def dense_cells(self) -> Iterator[Cell]:
+        """What all start from."""
+        for seed in self.seeds:
+            yield Cell(row="dense", name="dense", phases=(), sparsity=0.0, seed=seed)
 
-def dynamic_row(s: float) -> tuple[str, str, Phases]:
-    """The language-aware score."""
-    return "Dynamic, |w g|", "dynamic-wg", single(m.dynamic_asr_pathways(LANGUAGES, s, steps=JOINT, score="gradient"))
+    def cells_of(
+        self, rows: list[tuple[str, str, Phases]], sparsity: float, seeds: tuple[int, ...] | None = None
+    ) -> Iterator[Cell]:
+        """Rows by seeds: all rows of a seed before the next seed."""
+        for seed in seeds or self.seeds:
+            for row, name, phases in rows:
+                yield Cell(row=row, name=name, phases=phases, sparsity=sparsity, seed=seed)
 
+    def main_cells(self, sparsity: float, seeds: tuple[int, ...] | None = None) -> Iterator[Cell]:
+        """The claim of this package: one shared mask, fixed pathways, dynamic pathways with a language-aware score."""
+        yield from self.cells_of(
+            [self.lap_row(sparsity), self.dynamic_row(sparsity), self.pathways_row(sparsity)], sparsity, seeds
+        )
 
-def dynamic_magnitude_row(s: float) -> tuple[str, str, Phases]:
-    """The paper's score, from the dense model."""
-    plan = m.dynamic_asr_pathways(LANGUAGES, s, steps=JOINT, score="magnitude")
-    return "Dynamic, magnitude", "dynamic-magnitude", single(plan)
+    def table_b(self) -> Iterator[Cell]:
+        """Multilingual, 70 %: the paper's starting points."""
+        rows = [self.dynamic_lap_row(start, 0.7) for start in (0.5, 0.7, 0.2)]
+        rows += [self.dynamic_lsp_row(start, 0.7) for start in (0.5, 0.7, 0.2)]
+        yield from self.cells_of([*rows, self.dynamic_magnitude_row(0.7)], 0.7)
 
+    def table_a(self) -> Iterator[Cell]:
+        """Monolingual, 70 %."""
+        for seed in self.seeds:
+            for language in LANGUAGES:
+                own = (language,)
+                methods: list[tuple[str, str, float, Phases]] = [
+                    ("dense, trained on", "tuned", 0.0, self.single(self.unpruned(own, self.alone), self.alone)),
+                    ("IMP", "imp", 0.7, m.imp(own, 0.7, steps=self.alone, levels=4)),
+                    ("LTH", "lth", 0.7, m.lth(own, 0.7, steps=self.alone, levels=4)),
+                    ("adaptive", "adaptive", 0.7, self.single(m.adaptive(own, 0.7, steps=self.alone), self.alone)),
+                ]
+                for row, name, sparsity, phases in methods:
+                    yield Cell(
+                        row=row,
+                        name=f"mono-{language}-{name}",
+                        phases=phases,
+                        sparsity=sparsity,
+                        seed=seed,
+                        languages=own,
+                    )
 
-def dynamic_lap_row(start: float, s: float) -> tuple[str, str, Phases]:
-    """The paper's method, started from LAP."""
-    phases = dynamic_from(lap(start), start, s, "source", score="magnitude")
-    return f"Dynamic from LAP {start:.0%}, magnitude", f"dynamic-lap{round(100 * start)}", phases
+    def sweep(self) -> Iterator[Cell]:
+        """Sparsity against errors."""
+        for sparsity in (0.8, 0.95, 0.5):
+            yield from self.cells_of([self.lap_row(sparsity), self.dynamic_row(sparsity)], sparsity, self.seeds[:2])
 
+    def controls(self) -> Iterator[Cell]:
+        """What the extra steps, and the score alone, are worth."""
+        tuned = ("dense, trained on", "tuned", self.single(self.unpruned(LANGUAGES, self.joint)))
+        yield from self.cells_of([tuned], 0.0)
+        scored = ("LAP, |w g|", "lap-wg", self.single(m.lap(LANGUAGES, 0.9, steps=self.joint, score="gradient")))
+        yield from self.cells_of([scored], 0.9)
 
-def dynamic_lsp_row(start: float, s: float) -> tuple[str, str, Phases]:
-    """The paper's method, started from LSP masks, updates and candidates inside the pathway (variant B)."""
-    phases = dynamic_from(lsp(start), start, s, "given", score="magnitude", dense_grad=start == s)
-    return f"Dynamic from LSP {start:.0%}, magnitude", f"dynamic-lsp{round(100 * start)}", phases
+    def wg(self, s: float = 0.9, steps: int | None = None, **settings: Any) -> sp.PruningPlan:
+        """The language-aware plan; `settings` of the method, or fields of the plan."""
+        fields = {name: settings.pop(name) for name in ("after_freeze", "churn", "scope") if name in settings}
+        score = settings.pop("score", "gradient")
+        return replace(
+            m.dynamic_asr_pathways(LANGUAGES, s, steps=steps or self.joint, score=score, **settings), **fields
+        )
 
-
-def dense_cells() -> Iterator[Cell]:
-    """What all start from."""
-    for seed in SEEDS:
-        yield Cell(row="dense", name="dense", phases=(), sparsity=0.0, seed=seed)
-
-
-def cells_of(rows: list[tuple[str, str, Phases]], sparsity: float, seeds: tuple[int, ...] = SEEDS) -> Iterator[Cell]:
-    """Rows by seeds: all rows of a seed before the next seed."""
-    for seed in seeds:
-        for row, name, phases in rows:
-            yield Cell(row=row, name=name, phases=phases, sparsity=sparsity, seed=seed)
-
-
-def main_cells(sparsity: float, seeds: tuple[int, ...] = SEEDS) -> Iterator[Cell]:
-    """The claim of this package: one shared mask, fixed pathways, dynamic pathways with a language-aware score."""
-    yield from cells_of([lap_row(sparsity), dynamic_row(sparsity), pathways_row(sparsity)], sparsity, seeds)
-
-
-def table_b() -> Iterator[Cell]:
-    """Multilingual, 70 %: the paper's starting points."""
-    rows = [dynamic_lap_row(start, 0.7) for start in (0.5, 0.7, 0.2)]
-    rows += [dynamic_lsp_row(start, 0.7) for start in (0.5, 0.7, 0.2)]
-    yield from cells_of([*rows, dynamic_magnitude_row(0.7)], 0.7)
-
-
-def table_a() -> Iterator[Cell]:
-    """Monolingual, 70 %."""
-    for seed in SEEDS:
-        for language in LANGUAGES:
-            own = (language,)
-            methods: list[tuple[str, str, float, Phases]] = [
-                ("dense, trained on", "tuned", 0.0, single(unpruned(own, ALONE), ALONE)),
-                ("IMP", "imp", 0.7, m.imp(own, 0.7, steps=ALONE, levels=4)),
-                ("LTH", "lth", 0.7, m.lth(own, 0.7, steps=ALONE, levels=4)),
-                ("adaptive", "adaptive", 0.7, single(m.adaptive(own, 0.7, steps=ALONE), ALONE)),
-            ]
-            for row, name, sparsity, phases in methods:
-                yield Cell(
-                    row=row, name=f"mono-{language}-{name}", phases=phases, sparsity=sparsity, seed=seed, languages=own
-                )
-
-
-def sweep() -> Iterator[Cell]:
-    """Sparsity against errors."""
-    for sparsity in (0.8, 0.95, 0.5):
-        yield from cells_of([lap_row(sparsity), dynamic_row(sparsity)], sparsity, SEEDS[:2])
-
-
-def controls() -> Iterator[Cell]:
-    """What the extra steps, and the score alone, are worth."""
-    tuned = ("dense, trained on", "tuned", single(unpruned(LANGUAGES, JOINT)))
-    yield from cells_of([tuned], 0.0)
-    scored = ("LAP, |w g|", "lap-wg", single(m.lap(LANGUAGES, 0.9, steps=JOINT, score="gradient")))
-    yield from cells_of([scored], 0.9)
-
-
-def wg(s: float = 0.9, steps: int = JOINT, **settings: Any) -> sp.PruningPlan:
-    """The language-aware plan; `settings` of the method, or fields of the plan."""
-    fields = {name: settings.pop(name) for name in ("after_freeze", "churn", "scope") if name in settings}
-    score = settings.pop("score", "gradient")
-    return replace(m.dynamic_asr_pathways(LANGUAGES, s, steps=steps, score=score, **settings), **fields)
-
-
-def option_cells(seeds: tuple[int, ...] = SEEDS[:2], s: float = 0.9) -> Iterator[Cell]:
-    """Table C: one thing changed at a time, at equal steps, then what is longer."""
-    plans: dict[str, tuple[str, sp.PruningPlan, int, dict[str, Any]]] = {
-        "inside": ("updates inside pathways once fixed", wg(after_freeze="inside"), JOINT, {}),
-        "distil": ("distilled from dense", wg(), JOINT, {"distil": 1.0}),
-        "learned": ("scores learned, straight-through", wg(score="learned"), JOINT, {}),
-        "movement": ("movement score", wg(score="movement"), JOINT, {}),
-        "decay90": ("shorter average (0.9)", wg(score=sp.Gradient(0.9)), JOINT, {}),
-        "decay995": ("longer average (0.995)", wg(score=sp.Gradient(0.995)), JOINT, {}),
-        "often": ("decided 4 x as often", wg(interval=JOINT // 400), JOINT, {}),
-        "seldom": ("decided a quarter as often", wg(interval=JOINT // 25), JOINT, {}),
-        "churn": ("interval by churn (5 %)", wg(churn=0.05), JOINT, {}),
-        "start50": ("start: 50 % by magnitude", wg(start=0.5, init="magnitude"), JOINT, {}),
-        "global": ("one ranking for all layers", wg(scope="global"), JOINT, {}),
-        "unstructured": ("single weights (1x1)", wg(), JOINT, {"block": [1, 1]}),
-        "variant-b": ("updates inside pathways always", wg(dense_grad=False), JOINT, {}),
-        "late": ("masks fixed at 90 % of the run", wg(freeze=round(0.9 * JOINT)), JOINT, {}),
-        "long": ("twice the steps", wg(steps=2 * JOINT), 2 * JOINT, {}),
-        "inside-distil": ("inside, distilled", wg(after_freeze="inside"), JOINT, {"distil": 1.0}),
-    }
-    lap_plans = {
-        "lap-long": ("LAP, twice the steps", m.lap(LANGUAGES, s, steps=2 * JOINT), 2 * JOINT, {}),
-        "lap-distil": ("LAP, distilled from dense", m.lap(LANGUAGES, s, steps=JOINT), JOINT, {"distil": 1.0}),
-    }
-    for seed in seeds:
-        for name, (row, plan, steps, settings) in {**plans, **lap_plans}.items():
-            phases = single(plan, steps)
-            name = name if name.startswith("lap") else f"dynamic-{name}"
-            yield Cell(row=row, name=name, phases=phases, sparsity=s, seed=seed, settings=settings)
-        final = m.joint(single(wg()), m.asr_pathways(LANGUAGES, s), JOINT, name="refit")
-        fixed = m.joint(lsp(s), m.asr_pathways(LANGUAGES, s), JOINT)
-        sources = {
-            "pathways-refit": ("fixed masks from the end of a dynamic run", final),
-            "pathways-lsp-distil": ("ASR Pathways, LSP masks, distilled", fixed),
-            "dynamic-lsp50-wg": ("start: LSP masks, 50 %", dynamic_from(lsp(0.5), 0.5, s, "given")),
-            "dynamic-lap50-wg": ("start: LAP mask and weights, 50 %", dynamic_from(lap(0.5), 0.5, s, "source")),
+    def option_cells(self, s: float = 0.9) -> Iterator[Cell]:
+        """Table C: one thing changed at a time, at equal steps, then what is longer."""
+        plans: dict[str, tuple[str, sp.PruningPlan, int, dict[str, Any]]] = {
+            "inside": ("updates inside pathways once fixed", self.wg(after_freeze="inside"), self.joint, {}),
+            "distil": ("distilled from dense", self.wg(), self.joint, {"distil": 1.0}),
+            "learned": ("scores learned, straight-through", self.wg(score="learned"), self.joint, {}),
+            "movement": ("movement score", self.wg(score="movement"), self.joint, {}),
+            "decay90": ("shorter average (0.9)", self.wg(score=sp.Gradient(0.9)), self.joint, {}),
+            "decay995": ("longer average (0.995)", self.wg(score=sp.Gradient(0.995)), self.joint, {}),
+            "often": ("decided 4 x as often", self.wg(interval=self.joint // 400), self.joint, {}),
+            "seldom": ("decided a quarter as often", self.wg(interval=self.joint // 25), self.joint, {}),
+            "churn": ("interval by churn (5 %)", self.wg(churn=0.05), self.joint, {}),
+            "start50": ("start: 50 % by magnitude", self.wg(start=0.5, init="magnitude"), self.joint, {}),
+            "global": ("one ranking for all layers", self.wg(scope="global"), self.joint, {}),
+            "unstructured": ("single weights (1x1)", self.wg(), self.joint, {"block": [1, 1]}),
+            "variant-b": ("updates inside pathways always", self.wg(dense_grad=False), self.joint, {}),
+            "late": ("masks fixed at 90 % of the run", self.wg(freeze=round(0.9 * self.joint)), self.joint, {}),
+            "long": ("twice the steps", self.wg(steps=2 * self.joint), 2 * self.joint, {}),
+            "inside-distil": ("inside, distilled", self.wg(after_freeze="inside"), self.joint, {"distil": 1.0}),
         }
-        for name, (row, phases) in sources.items():
-            settings = {"distil": 1.0} if name.endswith("distil") else {}
-            yield Cell(row=row, name=name, phases=phases, sparsity=s, seed=seed, settings=settings)
+        lap_plans = {
+            "lap-long": ("LAP, twice the steps", m.lap(LANGUAGES, s, steps=2 * self.joint), 2 * self.joint, {}),
+            "lap-distil": (
+                "LAP, distilled from dense",
+                m.lap(LANGUAGES, s, steps=self.joint),
+                self.joint,
+                {"distil": 1.0},
+            ),
+        }
+        for seed in self.seeds[:2]:
+            for name, (row, plan, steps, settings) in {**plans, **lap_plans}.items():
+                phases = self.single(plan, steps)
+                name = name if name.startswith("lap") else f"dynamic-{name}"
+                yield Cell(row=row, name=name, phases=phases, sparsity=s, seed=seed, settings=settings)
+            final = m.joint(self.single(self.wg()), m.asr_pathways(LANGUAGES, s), self.joint, name="refit")
+            fixed = m.joint(self.lsp(s), m.asr_pathways(LANGUAGES, s), self.joint)
+            sources = {
+                "pathways-refit": ("fixed masks from the end of a dynamic run", final),
+                "pathways-lsp-distil": ("ASR Pathways, LSP masks, distilled", fixed),
+                "dynamic-lsp50-wg": ("start: LSP masks, 50 %", self.dynamic_from(self.lsp(0.5), 0.5, s, "given")),
+                "dynamic-lap50-wg": (
+                    "start: LAP mask and weights, 50 %",
+                    self.dynamic_from(self.lap(0.5), 0.5, s, "source"),
+                ),
+            }
+            for name, (row, phases) in sources.items():
+                settings = {"distil": 1.0} if name.endswith("distil") else {}
+                yield Cell(row=row, name=name, phases=phases, sparsity=s, seed=seed, settings=settings)
+
+    def pattern_cells(self) -> Iterator[Cell]:
+        """2:4 on single weights, as GPUs have it, beside blocks of the same sparsity (in the sweep)."""
+        half = sp.Milestones(((0, 0.0), (self.joint // 4, 0.5)))
+        plan = replace(self.wg(0.5, steps=self.joint), schedule=half, scope="2:4")
+        row = ("2:4 of single weights", "dynamic-2of4", self.single(plan))
+        for seed in self.seeds[:2]:
+            yield Cell(row=row[0], name=row[1], phases=row[2], sparsity=0.5, seed=seed, settings={"block": [1, 1]})
+
+    def all_cells(self) -> tuple[Cell, ...]:
+        """Every cell, in order of priority."""
+        return check_cells(
+            [
+                *self.dense_cells(),
+                *self.main_cells(0.9),
+                *(cell for name in FIRST for cell in self.option_cells() if cell.name == name),
+                *self.cells_of([self.dynamic_magnitude_row(0.9), self.dynamic_lap_row(0.7, 0.9)], 0.9),
+                *self.main_cells(0.7),
+                *self.controls(),
+                *self.option_cells(),
+                *self.table_b(),
+                *self.table_a(),
+                *self.sweep(),
+                *self.pattern_cells(),
+            ]
+        )
 
 
-def pattern_cells() -> Iterator[Cell]:
-    """2:4 on single weights, as GPUs have it, beside blocks of the same sparsity (in the sweep)."""
-    half = sp.Milestones(((0, 0.0), (JOINT // 4, 0.5)))
-    plan = replace(wg(0.5, steps=JOINT), schedule=half, scope="2:4")
-    row = ("2:4 of single weights", "dynamic-2of4", single(plan))
-    for seed in SEEDS[:2]:
-        yield Cell(row=row[0], name=row[1], phases=row[2], sparsity=0.5, seed=seed, settings={"block": [1, 1]})
+REDUCED = Comparisons(
+    study=Study(
+        corpus=CorpusConfig(train=1500, dev=40, test=300),
+        dense={"steps": 3000, "eval_every": 500, "checkpoint_every": 200},
+        prune={"eval_every": 500, "checkpoint_every": 200},
+    ),
+    seeds=(0, 1, 2),
+    joint=1000,
+    per_language=250,
+    pooled=400,
+    alone=600,
+)
+"""On two cores, in about ten hours."""
 
+FULL = Comparisons(
+    study=Study(
+        corpus="Multilingual LibriSpeech",
+        dense={
+            "steps": 300_000,
+            "batch": 32,
+            "warmup": 10_000,
+            "ctc_only_steps": 10_000,
+            "mixed_precision": "bf16",
+            "eval_every": 10_000,
+            "checkpoint_every": 2_000,
+            "model": {"d_model": 512, "heads": 8, "ffn": 2048, "layers": 20, "segment_frames": 16, "stride": 4}
+            | {"right_context_frames": 4, "left_context": 30, "dropout": 0.1, "encoding": 1024, "embedding": 512}
+            | {"lstm_layers": 3, "predictor_dropout": 0.3, "vocab": 1024},
+        },
+        prune={
+            "batch": 32,
+            "warmup": 2_000,
+            "mixed_precision": "bf16",
+            "eval_every": 10_000,
+            "checkpoint_every": 2_000,
+        },
+    ),
+    seeds=(0, 1, 2),
+    joint=100_000,
+    per_language=25_000,
+    pooled=40_000,
+    alone=60_000,
+)
+"""The paper's setting as far as it is known: torchaudio's Emformer RNN-T base, several GPUs through torchrun."""
 
-def all_cells() -> tuple[Cell, ...]:
-    """Every cell, in order of priority."""
-    return check_cells(
-        [
-            *dense_cells(),
-            *main_cells(0.9, SEEDS[:2]),
-            *(cell for name in FIRST for cell in option_cells() if cell.name == name),
-            *main_cells(0.9),
-            *cells_of([dynamic_magnitude_row(0.9), dynamic_lap_row(0.7, 0.9)], 0.9),
-            *main_cells(0.7),
-            *controls(),
-            *option_cells(),
-            *table_b(),
-            *table_a(),
-            *sweep(),
-            *pattern_cells(),
-        ]
-    )
+SCALES = {"reduced": REDUCED, "full": FULL}

@@ -42,6 +42,21 @@ class Places:
         return self.results / f"{cell.title}.json"
 
 
+def ensure_corpus(study: Study, places: Places) -> None:
+    """Synthesise the corpus if it is not there.
+
+    Raises:
+        FileNotFoundError: a corpus that must be imported is missing.
+    """
+    if (places.data / "manifest.jsonl").is_file():
+        return
+    if isinstance(study.corpus, str):
+        raise FileNotFoundError(f"{places.data} has no corpus; import {study.corpus} there (`sparse-pathways data`)")
+    from sparse_pathways.asr.synthetic import synthesise
+
+    synthesise(study.corpus, places.data)
+
+
 def is_measured(cell: Cell, key: str, places: Places) -> bool:
     """Whether the cell's result is there and belongs to its present settings."""
     path = places.result(cell)
@@ -93,14 +108,21 @@ def run_stage(study: Study, cells: tuple[Cell, ...], key: str, places: Places, t
 
 @contextmanager
 def _counting_cost(path: Path) -> Iterator[None]:
-    """Keep the CPU seconds of this process, and of those before it that were cut off, in a file."""
+    """Keep the CPU seconds of this process, and of those before it that were cut off, in a file.
+
+    Of several processes (torchrun) the first one counts for all.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     before = json.loads(path.read_text())["cpu_s"] if path.is_file() else 0.0
     stop = threading.Event()
 
     def save() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"cpu_s": before + time.process_time()}))
+        partial.write_text(json.dumps({"cpu_s": before + processes * time.process_time()}))
         partial.replace(path)
 
     def keep_saving() -> None:
@@ -234,4 +256,5 @@ def describe(study: Study, cells: tuple[Cell, ...], places: Places) -> dict[str,
         "measured": len(measured),
         "stages_left": len(left),
         "steps_left": sum(stage.config["steps"] for stage in left),
+        "next": next((" ".join(job.words) for job in open_jobs(study, cells, places)), "nothing"),
     }

@@ -19,18 +19,20 @@ class Study:
     """What all cells of a list have in common.
 
     Attributes:
-        corpus: the speech.
+        corpus: the speech, synthesised when a run finds none; or the name of a corpus that is imported by hand.
         dense: settings of `TrainConfig` for the dense models, one per seed.
         prune: settings of `PruneConfig` for every later stage.
     """
 
-    corpus: CorpusConfig
+    corpus: CorpusConfig | str
     dense: dict[str, Any]
     prune: dict[str, Any] = field(default_factory=dict)
 
     @property
     def corpus_key(self) -> str:
         """Hash of the corpus."""
+        if isinstance(self.corpus, str):
+            return _hash(self.corpus)
         return _hash({name: value for name, value in asdict(self.corpus).items() if name not in NOT_SETTINGS})
 
 

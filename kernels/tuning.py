@@ -110,8 +110,8 @@ def candidates(kind: str, m: int, sides: tuple[int, int], dtype: torch.dtype) ->
             for warps in (4, 8):
                 for stages in (2, 3, 4):
                     found.append(Schedule(tile_m, tile_out, start.tile_red, warps, stages))
-    fits = [one for one in found if one.tile_m * one.tile_out <= 256 * 128]
-    return list(dict.fromkeys(fits))
+    sums = {one: one.tile_out * (one.tile_red if kind == "dw" else one.tile_m) for one in found}
+    return [one for one, size in sums.items() if size <= 64 * 32 * one.num_warps]  # more per thread would be spilled
 
 
 def _median_ms(run: Callable[[], Tensor]) -> float:

@@ -156,6 +156,13 @@ SP_INLINE __m256i joined(__m128i low, __m128i high) {
 }
 SP_INLINE __m512i joined(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
 
+// Sums of neighbours, those of a before those of b.
+SP_INLINE __m512i sum_pairs(__m512i a, __m512i b) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return _mm512_add_epi32(_mm512_permutex2var_epi32(a, even, b), _mm512_permutex2var_epi32(a, odd, b));
+}
+
 SP_INLINE int32_t dword(const void* from) {
   int32_t v;
   memcpy(&v, from, 4);
@@ -164,20 +171,22 @@ SP_INLINE int32_t dword(const void* from) {
 
 // Outputs that a row of y is written by: eight cache lines. Written line by line, sixteen rows one after the other,
 // each line waits for its own turn in the second cache, since rows a power of two apart share a set of the first.
-constexpr int64_t kRun = 128, kRunStride = kRun + 16;
+constexpr int64_t kRun = 128;
+template <int kParts>  // dwords of a sum
+constexpr int64_t kRunStride = kRun * kParts + 16;
 
 // A product of bytes x with an arranged weight.
 class ArrangedI8 {
  public:
   ArrangedI8(const ProductArgs& args, const float* factors)
-      : a_(args.arranged, args, -1), args_(args), epilogue_(args), factors_(factors) {}
+      : a_(args.arranged, args, -1), args_(args), epilogue_(args), factors_(factors), cold_(args.cold) {}
 
   // A few rows x[i * stride]: a step's inputs fetched from where it says, row by row.
   template <int kS, int kM>
   __attribute__((noinline)) void by_lookup(const uint8_t* x, int64_t stride, int64_t row, int64_t s0,
                                            int64_t s1) const {
     constexpr int kSets = kM == 1 ? 4 : kM <= 3 ? 2 : 1, kColumns = 64 / kS;
-    in_runs<kS, kM>(row, kM, s0, s1, [&](int64_t s, int32_t* to) SP_ALWAYS_INLINE {
+    in_runs<kS, kM, 16 / kS>(row, kM, s0, s1, [&](int64_t s, int32_t* to) SP_ALWAYS_INLINE {
       __m512i sum[kSets][kM] = {};
       const auto add = [&](int64_t t, int q) SP_ALWAYS_INLINE {
         __m512i index;
@@ -189,6 +198,7 @@ class ArrangedI8 {
           index = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a_.index + t * kColumns)));
         }
         const __m512i w = _mm512_load_si512(a_.weights + t * 64);
+        fetch_ahead(cold_, a_.weights + t * 64);
         const uint8_t* from = x + a_.line[t] * kLine;
         SP_UNROLL for (int i = 0; i < kM; ++i) {
           const __m512i low = _mm512_load_si512(from + i * stride), high = _mm512_load_si512(from + i * stride + kLine);
@@ -203,7 +213,7 @@ class ArrangedI8 {
       for (; t < end; ++t) add(t, 0);
       SP_UNROLL for (int i = 0; i < kM; ++i) {
         SP_UNROLL for (int q = 1; q < kSets; ++q) sum[0][i] = _mm512_add_epi32(sum[0][i], sum[q][i]);
-        store_joined<kS>(s, to + i * kRunStride, sum[0][i]);
+        _mm512_store_si512(to + i * kRunStride<16 / kS>, sum[0][i]);
       }
     });
   }
@@ -214,7 +224,7 @@ class ArrangedI8 {
     constexpr int kWidth = kM <= 4 ? 4 : 8;
     // Row 0's inputs for every output of a step; those of row i are i bytes on.
     const ByteIndex first([](int lane, int j) { return kWidth * (lane % 2 * 4 + j); });
-    in_runs<8, kM>(row, kM, s0, s1, [&](int64_t s, int32_t* to) SP_ALWAYS_INLINE {
+    in_runs<8, kM, 2>(row, kM, s0, s1, [&](int64_t s, int32_t* to) SP_ALWAYS_INLINE {
       __m512i sum[kM] = {}, of_row[kM];
       of_row[0] = first.read();
       SP_UNROLL for (int i = 1; i < kM; ++i) {
@@ -241,9 +251,10 @@ class ArrangedI8 {
           x = _mm512_castsi256_si512(joined(four(0), four(4)));
         }
         const __m512i w = _mm512_load_si512(a_.weights + t * 64);
+        fetch_ahead(cold_, a_.weights + t * 64);
         SP_UNROLL for (int i = 0; i < kM; ++i) sum[i] = dot(sum[i], _mm512_permutexvar_epi8(of_row[i], x), w);
       }
-      SP_UNROLL for (int i = 0; i < kM; ++i) store_joined<8>(s, to + i * kRunStride, sum[i]);
+      SP_UNROLL for (int i = 0; i < kM; ++i) _mm512_store_si512(to + i * kRunStride<2>, sum[i]);
     });
   }
 
@@ -254,7 +265,7 @@ class ArrangedI8 {
     constexpr int kWidth = 16 * kZ, kGroup = 16 / kS;
     alignas(64) int32_t tile[16 * kWidth];
     int waiting = 0;  // slices in the tile
-    in_runs<kS, kWidth>(row, rows, s0, s1, [&](int64_t s, int32_t* to) SP_ALWAYS_INLINE {
+    in_runs<kS, kWidth, 1>(row, rows, s0, s1, [&](int64_t s, int32_t* to) SP_ALWAYS_INLINE {
       if constexpr (kS == 8 && kZ == 1) {
         slice_of_pairs(panel, s, tile + waiting * kS * kWidth);
       } else {
@@ -268,7 +279,7 @@ class ArrangedI8 {
         __m512i square[16];
         SP_UNROLL for (int r = 0; r < 16; ++r) square[r] = _mm512_load_si512(tile + r * kWidth + 16 * z);
         transpose16x16(square);
-        SP_UNROLL for (int i = 0; i < 16; ++i) _mm512_store_si512(to + (16 * z + i) * kRunStride, square[i]);
+        SP_UNROLL for (int i = 0; i < 16; ++i) _mm512_store_si512(to + (16 * z + i) * kRunStride<1>, square[i]);
       }
     });
   }
@@ -280,43 +291,38 @@ class ArrangedI8 {
     return panel + static_cast<size_t>(a_.place[t * (64 / kS) + j]) * (kWidth / 4);
   }
 
-  // Calls body(slice, to) for slices [s0, s1), which puts kRows sums of each of its outputs to to[i * kRunStride]; and
-  // finishes what has come together of y.
-  template <int kS, int kRows, typename Body>
+  // Calls body(slice, to) for slices [s0, s1), which puts the sums of kRows rows, kParts dwords for each output, to
+  // to[i * kRunStride<kParts>]; and finishes what has come together of y.
+  template <int kS, int kRows, int kParts, typename Body>
   SP_INLINE void in_runs(int64_t row, int64_t rows, int64_t s0, int64_t s1, const Body& body) const {
-    alignas(64) int32_t run[kRows * kRunStride];
+    alignas(64) int32_t run[kRows * kRunStride<kParts>];
     for (int64_t s = s0; s < s1;) {
       const int64_t first = s, end = s1 - s < kRun / kS ? s1 : s + kRun / kS;
-      for (; s < end; ++s) body(s, run + (s - first) * kS);
-      finish(run, row, rows, first * kS, (end - first) * kS);
+      for (; s < end; ++s) body(s, run + (s - first) * kS * kParts);
+      finish<kParts>(run, row, rows, first * kS, (end - first) * kS);
     }
   }
 
-  // The sums of the quads of slice s joined to those of its outputs.
-  template <int kS>
-  SP_INLINE void store_joined(int64_t s, int32_t* to, __m512i sum) const {
-    const int32_t* start = a_.start + s * kS;
-    sum = _mm512_add_epi32(sum, _mm512_srli_epi64(sum, 32));
-    if constexpr (kS == 8) {
-      const __m256i eight = _mm256_add_epi32(_mm512_cvtepi64_epi32(sum), load32(start));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(to), eight);
+  // Sums of sixteen outputs from kParts dwords for each.
+  template <int kParts>
+  SP_INLINE static __m512i sixteen(const int32_t* from) {
+    if constexpr (kParts == 1) {
+      return _mm512_load_si512(from);
     } else {
-      sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, _MM_PERM_BADC));
-      const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-      const __m128i four = _mm512_castsi512_si128(_mm512_permutexvar_epi32(firsts, sum));
-      const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(start));
-      _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm_add_epi32(four, first));
+      return sum_pairs(sixteen<kParts / 2>(from), sixteen<kParts / 2>(from + 8 * kParts));
     }
   }
 
-  // Outputs n .. n + count - 1 of y from the sums of bytes.
+  // Outputs n .. n + count - 1 of y from the sums of bytes; those of one part start where they should.
+  template <int kParts>
   __attribute__((noinline)) void finish(const int32_t* run, int64_t row, int64_t rows, int64_t n, int64_t count) const {
     const int64_t live = args_.out - n < count ? args_.out - n : count;
     const Epilogue<float, float> e = epilogue_;  // a copy: y might else change it, for all the compiler knows
     const float *scale = e.scale + n, *bias = e.bias == nullptr ? nullptr : e.bias + n;
-    const auto scaled = [&](int64_t i, int64_t j) SP_ALWAYS_INLINE {
-      const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(run + i * kRunStride + j));
-      return _mm512_mul_ps(sum, _mm512_set1_ps(factors_[i]));
+    const auto scaled = [&](int64_t i, int64_t j, __mmask16 there) SP_ALWAYS_INLINE {
+      __m512i sum = sixteen<kParts>(run + i * kRunStride<kParts> + j * kParts);
+      if (kParts > 1) sum = _mm512_add_epi32(sum, _mm512_maskz_loadu_epi32(there, a_.start + n + j));
+      return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(factors_[i]));
     };
     if (live == kRun && e.initial == nullptr && e.residual == nullptr && e.activation == Activation::kNone) {
       constexpr int kLines = kRun / 16;
@@ -328,7 +334,7 @@ class ArrangedI8 {
       for (int64_t i = 0; i < rows; ++i) {
         float* y = e.y + (row + i) * e.out + n;
         SP_UNROLL for (int q = 0; q < kLines; ++q) {
-          _mm512_storeu_ps(y + 16 * q, _mm512_add_ps(_mm512_mul_ps(scaled(i, 16 * q), by[q]), more[q]));
+          _mm512_storeu_ps(y + 16 * q, _mm512_add_ps(_mm512_mul_ps(scaled(i, 16 * q, 0xffff), by[q]), more[q]));
         }
       }
       return;
@@ -339,7 +345,7 @@ class ArrangedI8 {
         const __mmask16 there = static_cast<__mmask16>(live - j < 16 ? (1 << (live - j)) - 1 : 0xffff);
         const auto take = [&](const float* from)
                               SP_ALWAYS_INLINE { return (Vec<float, 16>)_mm512_maskz_loadu_ps(there, from + j); };
-        Vec<float, 16> v = (Vec<float, 16>)scaled(i, j) * take(scale);
+        Vec<float, 16> v = (Vec<float, 16>)scaled(i, j, there) * take(scale);
         if (e.initial != nullptr) v += take(e.initial + cell);
         if (bias != nullptr) v += take(bias);
         if (e.activation != Activation::kNone) v = activate<float, 16>(v, e.activation);
@@ -356,6 +362,7 @@ class ArrangedI8 {
     const __m512i low = bytes([](int lane, int j) { return lane % 2 * 64 + j * 16 + lane / 2; });
     const __m512i high = bytes([](int lane, int j) { return lane % 2 * 64 + j * 16 + 8 + lane / 2; });
     for (int64_t t = a_.first[s]; t < a_.first[s + 1]; ++t) {
+      fetch_ahead(cold_, a_.weights + t * 64);
       const auto four = [&](int j) SP_ALWAYS_INLINE {
         const auto at = [&](int i) SP_ALWAYS_INLINE {
           return _mm_loadu_si128(reinterpret_cast<const __m128i*>(input<8, 16>(panel, t, j + i)));
@@ -371,11 +378,8 @@ class ArrangedI8 {
         SP_UNROLL for (int h = 0; h < 2; ++h) sum[r][h] = dot(sum[r][h], x[h], w);
       }
     }
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
     SP_UNROLL for (int r = 0; r < 8; ++r) {
-      const __m512i total = _mm512_add_epi32(_mm512_permutex2var_epi32(sum[r][0], even, sum[r][1]),
-                                             _mm512_permutex2var_epi32(sum[r][0], odd, sum[r][1]));
+      const __m512i total = sum_pairs(sum[r][0], sum[r][1]);
       _mm512_store_si512(tile + r * 16, _mm512_add_epi32(total, _mm512_set1_epi32(a_.start[s * 8 + r])));
     }
   }
@@ -389,6 +393,7 @@ class ArrangedI8 {
       SP_UNROLL for (int z = 0; z < kZ; ++z) sums.sum[r][z] = _mm512_set1_epi32(a_.start[s * kS + r]);
     }
     for (int64_t t = a_.first[s]; t < a_.first[s + 1]; ++t) {
+      fetch_ahead(cold_, a_.weights + t * 64);
       SP_UNROLL for (int q = 0; q < kQuads; ++q) {
         const auto at = [&](int j) SP_ALWAYS_INLINE { return input<kS, kWidth>(panel, t, q * 4 + j); };
         sums.template add<kQuads>(at(0), at(1), at(2), at(3), a_.weights + t * 64 + 4 * q);
@@ -403,6 +408,7 @@ class ArrangedI8 {
   const ProductArgs& args_;
   const Epilogue<float, float> epilogue_;
   const float* factors_;  // of the rows of x
+  const bool cold_;
 };
 
 }  // namespace

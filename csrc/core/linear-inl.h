@@ -31,6 +31,7 @@ struct BlockRows {
         in(args.in),
         height(args.r),
         width(args.c),
+        cold(args.cold),
         epilogue(args) {}
 
   SP_INLINE int64_t r() const { return kR > 0 ? kR : height; }
@@ -49,6 +50,7 @@ struct BlockRows {
   const Col* col;
   const int32_t* pos;
   int64_t out, in, height, width;
+  bool cold;
   Epilogue<T, T> epilogue;
 };
 
@@ -62,6 +64,8 @@ SP_INLINE void gemv_slice(const W& w, const T* x, int64_t row, int64_t b, int64_
     const auto add = [&](int64_t e, Vec<T, kS>& chain)
                          SP_ALWAYS_INLINE { chain += load<kS>(w.block(e) + r0) * x[w.input(e)]; };
     for (; e + 4 <= end; e += 4) {
+      fetch_ahead(w.cold, w.block(e));
+      fetch_ahead(w.cold, w.block(e + 2));
       SP_UNROLL for (int q = 0; q < 4; ++q) add(e + q, sum[q]);
     }
     for (; e < end; ++e) add(e, sum[0]);
@@ -153,6 +157,7 @@ void few_rows(const W& w, const FewRows<kPacked, kM <= 4 ? 4 : kM> x, int64_t ro
       const auto add = [&](int64_t e, Vec<float, 8>* chain) SP_ALWAYS_INLINE {
         const float* block = w.block(e) + r0;
         const int64_t first = w.input(e);
+        fetch_ahead(w.cold, block);
         for (int64_t j = 0; j < w.c(); ++j) {
           const float* column = x.at(first + j);
           const Vec<float, 8> weight = load<8>(block + j * w.r());
@@ -200,6 +205,7 @@ void row_pairs(const W& w, const float* x, int64_t row, int64_t b0, int64_t b1) 
       const auto add = [&](int64_t e, __m512* chain) SP_ALWAYS_INLINE {
         const float* block = w.block(e) + r0;
         const float* column = x + w.input(e) * kStride;
+        fetch_ahead(w.cold, block);
         for (int64_t j = 0; j < w.c(); ++j, column += kStride) {
           const __m512 weight = _mm512_broadcast_f32x8(_mm256_loadu_ps(block + j * w.r()));
           const __m512 xs = kPairs > 2 ? _mm512_castps256_ps512(_mm256_loadu_ps(column))
@@ -240,6 +246,7 @@ SP_INLINE void panel_slice(const W& w, const T* panel, int64_t b, int64_t r0, T*
   for (int64_t e = w.crow[b]; e < end; ++e) {
     const T* block = w.block(e) + r0;
     const T* x = panel + w.input(e) * kWidth;
+    fetch_ahead(w.cold, block);
     for (int64_t j = 0; j < w.c(); ++j) {
       Vec<T, kL> xs[kZ];
       SP_UNROLL for (int z = 0; z < kZ; ++z) xs[z] = load<kL>(x + j * kWidth + z * kL);

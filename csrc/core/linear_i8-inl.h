@@ -254,15 +254,16 @@ struct LinearI8 {
     for (int64_t m = m0, taken; m < m1; m += taken) {
       const int64_t left = m1 - m;
       taken = left > 24 ? (left < 32 ? left : 32) : left > 16 ? 16 : left;
-      for (int64_t i = 0; i < taken; i += 2) {  // two rows at a time: while one waits for its peak, the other is read
-        const int64_t end = i + 2 < taken ? i + 2 : taken;
-        float inverse[2];
-        for (int64_t j = i; j < end; ++j) {
-          const RowScale row = scale_of(peak_bits(x_row(m + j), args.in));
-          inverse[j - i] = row.inverse;
-          factors[j] = row.factor;
-        }
-        for (int64_t j = i; j < end; ++j) quantise_row(x_row(m + j), args.in, inverse[j - i], x + j * stride);
+      const auto scale_row = [&](int64_t i) {
+        const RowScale row = scale_of(peak_bits(x_row(m + i), args.in));
+        factors[i] = row.factor;
+        return row.inverse;
+      };
+      float inverse = scale_row(0);
+      for (int64_t i = 0; i < taken; ++i) {  // one row ahead: none waits for its own peak
+        const float next = i + 1 < taken ? scale_row(i + 1) : 0;
+        quantise_row(x_row(m + i), args.in, inverse, x + i * stride);
+        inverse = next;
       }
       const auto lookup = [&](auto rows) { product.by_lookup<kS, decltype(rows)::value>(x, stride, m, s0, s1); };
       const auto columns = [&](auto rows) {

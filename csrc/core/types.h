@@ -38,6 +38,7 @@ struct ProductArgs {
   int64_t c;             // block width C (inputs of the weight)
   int64_t lists;         // number of lists: block rows (forward) or block columns (dx)
   bool narrow;           // `other` is uint16
+  bool cold;             // the weight comes from memory: kernels ask for what they will need well before
   bool quantise_x;       // int8 weights only: quantise the rows of x, too (linear_i8-inl.h has the rule)
   Activation activation;
 };

@@ -43,7 +43,6 @@ class Check {
 
   // False if a result is wrong.
   bool run(const Shape& shape, double density, bool narrow, bool indirect) {
-    wide_datapath = rng() % 2;
     const Weight<W> weight(shape, density, {narrow, indirect, product_ == Product::kDxFew});
     ProductArgs args{};
     args.m = shape.m, args.r = shape.r, args.c = shape.c;
@@ -76,6 +75,7 @@ class Check {
       arrange_(args, arranged.data.get());
       args.arranged = arranged.data.get();
     }
+    wide_datapath = rng() % 2;  // some kernels are for one kind of processor
     in_shares(args);
     if (args.m > 0) plant(weight.values, y);
     ++products;

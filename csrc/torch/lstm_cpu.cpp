@@ -118,6 +118,7 @@ LstmWeight prepared_weight(const Prepared& last) {
   if (last.base != nullptr) weight.parts[weight.count++] = last.base->args;
   weight.parts[weight.count++] = last.args;
   weight.parts[weight.count - 1].bias = data_or_null(last.operands.bias);
+  for (ProductArgs& part : weight.parts) part.cold = beyond_caches();
   return weight;
 }
 

@@ -23,7 +23,12 @@ struct Prepared {
   LinearOperands operands;
   const Prepared* base;  // a product that is added before bias and activation, or null; kept alive by Python
   std::unique_ptr<void, Free> arranged;  // what args.arranged points to
+  int64_t bytes;                         // that a product reads of the weight
 };
+
+// Whether the weights of all handles together are more than the last cache holds: those of a model that is used layer
+// after layer come from memory then, each time.
+bool beyond_caches();
 
 inline Prepared* find_prepared(int64_t handle) {
   Prepared* prepared = reinterpret_cast<Prepared*>(handle);

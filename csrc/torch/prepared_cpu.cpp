@@ -4,16 +4,31 @@
 // from call to call. A handle stands for all of them but x. Python owns handles (ops/prepared.py): it makes one per
 // weight, pathway and bias, and releases it with them. Lists and values are arranged for their kernel at the same time
 // (types.h), a copy of the weight that the handle owns.
+#include <atomic>
+#include <fstream>
+
 #include "torch/prepared.h"
 
 namespace sp {
 namespace {
 
+std::atomic<int64_t> held_bytes{0};
+
+// Of the third level, as the first core sees it. (glibc's sysconf counts what a virtual machine has no share of.)
+int64_t last_cache() {
+  int64_t kib = 0;
+  std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kib;  // "32768K"
+  return kib > 0 ? kib << 10 : int64_t{32} << 20;
+}
+
 // Without memory for a copy the product reads the tensors, as without a handle.
 void arrange(Prepared& prepared) {
   const Arrange arrange = arrange_for(prepared.type);
   const size_t bytes = arrange == nullptr ? 0 : arrange(prepared.args, nullptr);
+  const Tensor &values = prepared.operands.values, &col = prepared.operands.col;
+  prepared.bytes = values.numel() * values.element_size() + col.numel() * col.element_size();
   if (bytes == 0) return;
+  prepared.bytes = static_cast<int64_t>(bytes);
   prepared.arranged.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
   if (prepared.arranged != nullptr) arrange(prepared.args, prepared.arranged.get());
   prepared.args.arranged = prepared.arranged.get();
@@ -27,13 +42,15 @@ int64_t prepare_linear_cpu(const Tensor& values, const Tensor& crow, const Tenso
   const Prepared* added = base == 0 ? nullptr : find_prepared(base);
   STD_TORCH_CHECK(added == nullptr || (added->args.out == n && added->args.in == k), "base is of another shape");
   const ScalarType type = values.scalar_type();
-  auto prepared = std::make_unique<Prepared>(Prepared{kAlive, type, weight_args(operands, k), operands, added, {}});
+  auto prepared = std::make_unique<Prepared>(Prepared{kAlive, type, weight_args(operands, k), operands, added, {}, 0});
   arrange(*prepared);
+  held_bytes += prepared->bytes;
   return reinterpret_cast<int64_t>(prepared.release());
 }
 
 void release_linear_op(int64_t handle) {
   Prepared* prepared = find_prepared(handle);
+  held_bytes -= prepared->bytes;
   prepared->alive = 0;
   delete prepared;
 }
@@ -41,7 +58,9 @@ void release_linear_op(int64_t handle) {
 Tensor product(const Tensor& x, const Prepared& weight, const std::optional<Tensor>& residual) {
   std::optional<Tensor> initial;
   if (weight.base != nullptr) initial = product(x, *weight.base, std::nullopt);
-  return run_linear(x, weight.args, weight.type, weight.operands.bias, residual, initial);
+  ProductArgs args = weight.args;
+  args.cold = beyond_caches();
+  return run_linear(x, args, weight.type, weight.operands.bias, residual, initial);
 }
 
 // x [..., K] of the weight's x_dtype, any strides.
@@ -51,6 +70,12 @@ Tensor packed_linear_cpu(const Tensor& x, int64_t handle, const std::optional<Te
 }
 
 }  // namespace
+
+bool beyond_caches() {
+  static const int64_t room = last_cache();
+  return held_bytes.load(std::memory_order_relaxed) > room;
+}
+
 }  // namespace sp
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_pathways, CPU, m) {

@@ -247,6 +247,8 @@ class _Fit:
                         f"stopped after step {self.step} of {config.steps}, checkpoint written to {config.out}; "
                         "run the same command again to go on"
                     )
+        if self.pruner is not None:
+            self.log({"masks": sp.mask_report(self.model, self.pruner.pathways)})
         if self.accelerator.is_main_process:
             write(self.log_path.with_name(MODEL), model_content(self.model))
         self.accelerator.wait_for_everyone()
@@ -321,8 +323,11 @@ class _Fit:
         self.summed = 0
         record["lr"] = self.optimizer.param_groups[0]["lr"]
         if self.pruner is not None:
-            record["sparsity"] = round(1 - sp.density(self.model)["total"], 5)
-            record["overlap"] = _mean_overlap(self.model)
+            masks = sp.mask_report(self.model, self.pruner.pathways)["total"]
+            record["sparsity"] = round(1 - sum(masks["density"].values()) / len(masks["density"]), 5)
+            record |= {name: round(masks[name], 5) for name in ("overlap", "union", "core", "dead_rows")}
+            explored = self.pruner.explored().values()
+            record["explored"] = round(sum(explored) / len(explored), 5)
         if not all(np.isfinite(value) for value in record.values()):
             raise FloatingPointError(f"the loss is not finite at step {self.step}: {record}; try a lower lr")
         self.log(record)
@@ -348,13 +353,6 @@ class _Fit:
             return False
         asked = torch.tensor(float(stop.is_set()), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, "sum") > 0)
-
-
-def _mean_overlap(model: Recogniser) -> float:
-    """Mean intersection over union of the masks of two languages; 1.0: all the same."""
-    overlap = sp.overlap(model)["total"]
-    count = overlap.shape[0]
-    return round(float((overlap.sum() - overlap.trace()) / (count * (count - 1))), 5) if count > 1 else 1.0
 
 
 @contextmanager

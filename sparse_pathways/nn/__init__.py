@@ -19,6 +19,7 @@ from sparse_pathways.nn.linear import PackedLinear, SparseLinear
 from sparse_pathways.nn.lstm import SparseLSTM
 from sparse_pathways.nn.lstm_packed import PackedLayerNormLSTM, PackedLSTM
 from sparse_pathways.nn.recommend import Recommendation, recommend
+from sparse_pathways.nn.sight import mask_report
 
 __all__ = [
     "PackedLSTM",
@@ -31,6 +32,7 @@ __all__ = [
     "density",
     "explain",
     "load_packed",
+    "mask_report",
     "overlap",
     "pack",
     "pack_",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_pathways.checks import unknown_pathway
-from sparse_pathways.mask import expand_mask
+from sparse_pathways.mask import expand_mask, pack_bits, unpack_bits
 from sparse_pathways.nn import SparseLinear
 from sparse_pathways.prune import distributed
 from sparse_pathways.prune.decide import select, set_initial_masks_
@@ -57,6 +57,7 @@ class Pruner:
         self.steps = 0
         self.batches = dict.fromkeys(self.pathways, 0)
         self._memory = memory_of(plan.score)
+        self._explored: Masks | None = None  # bool [P, NB, KB]: kept at some time since the schedule ended
         self._gaps = {name: [plan.interval, plan.interval] for name in self.pathways}  # interval now, next count
         self._optimizer = self._checked(optimizer)
         self._update: MaskedUpdate | None = None
@@ -161,6 +162,8 @@ class Pruner:
         self.steps = step
         self.batches[pathway] += 1
         due = self._due(pathway)
+        if self._explored is None and step > self.plan.schedule_end:
+            self._explored = {name: self._stacked(layer) for name, layer in self.layers.items()}
         event = self._decide(due, pathway) if due else None
         if event is not None and self.plan.churn is not None:
             self._adapt_gaps(event)
@@ -280,8 +283,10 @@ class Pruner:
         after = select(self.plan, scores, before, sparsity)
         if distributed.several_processes():
             distributed.check_same_masks(after, self.steps)
-        for name in self.layers:
+        for name, layer in self.layers.items():
             self._apply(name, decided, after[name].expand(len(decided), *after[name].shape[1:]))
+            if self._explored is not None:
+                self._explored[name] |= self._stacked(layer)
         return PruneEvent.of(self.steps, pathway, decided, sparsity, before, after)
 
     def _apply(self, name: str, decided: tuple[str, ...], masks: Tensor) -> None:
@@ -296,6 +301,14 @@ class Pruner:
             changed = used ^ torch.stack(list(layer.masks.values())).any(0)
             reset_moments(self._optimizer, layer.weight, _dense(changed, layer))
 
+    def explored(self) -> dict[str, float]:
+        """Share of blocks, in [0, 1], that each pathway has kept at some time since the schedule ended; its density
+        when no mask has changed since, and before. Source: exploration rate of arXiv 2102.02887, per pathway."""
+        masks = self._explored or {name: self._stacked(layer) for name, layer in self.layers.items()}
+        kept = torch.stack([mask.flatten(1).sum(1) for mask in masks.values()]).sum(0).tolist()
+        blocks = sum(mask[0].numel() for mask in masks.values())
+        return {name: count / blocks for name, count in zip(self.pathways, kept, strict=True)}
+
     # --- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -306,6 +319,7 @@ class Pruner:
             "steps": self.steps,
             "batches": dict(self.batches),
             "gaps": {name: list(gap) for name, gap in self._gaps.items()} if self.plan.churn is not None else {},
+            "explored": {name: pack_bits(mask.flatten(1)) for name, mask in (self._explored or {}).items()},
             "averages": {name: value.clone() for name, value in self._memory.tensors.items()} if self._memory else {},
             "fingerprints": self._fingerprints(),
         }
@@ -334,6 +348,11 @@ class Pruner:
                 )
         self.steps = int(state["steps"])
         self.batches = {name: int(state["batches"][name]) for name in self.pathways}
+        explored = {
+            name: unpack_bits(bits, self.layers[name].mask().numel()).view(-1, *self.layers[name].mask().shape)
+            for name, bits in state.get("explored", {}).items()
+        }
+        self._explored = explored or None
         for name, (gap, due) in state.get("gaps", {}).items():
             self._gaps[name] = [int(gap), int(due)]
         if self.plan.after_freeze == "inside" and self.steps >= (self.plan.freeze or 0):

@@ -85,6 +85,9 @@ PANELS: tuple[tuple[str, Callable[[Mapping[str, Any]], float | None]], ...] = (
     ("dev word error rate [%]", lambda record: _times100(_mean(record.get("wer")))),
     ("sparsity [%]", lambda record: _times100(record.get("sparsity"))),
     ("mean overlap of masks", lambda record: record.get("overlap")),
+    ("blocks in any mask [%]", lambda record: _times100(record.get("union"))),
+    ("blocks ever tried [%]", lambda record: _times100(record.get("explored"))),
+    ("exchanged at a decision [%]", lambda record: _exchanged(record.get("event"))),
 )
 
 
@@ -237,6 +240,13 @@ def _mean(value: Any) -> float | None:
 
 def _times100(value: float | None) -> float | None:
     return None if value is None else 100 * value
+
+
+def _exchanged(event: Mapping[str, Any] | None) -> float | None:
+    """Blocks that came back at a decision, as a share of those kept."""
+    if event is None:
+        return None
+    return 100 * event["regrown"] / max(1.0, event["density"] * event["blocks"])
 
 
 def _smooth(values: Sequence[float], window: int = 5) -> list[float]:

@@ -8,9 +8,10 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
+import sparse_pathways as sp
 from sparse_pathways.report import figures
-from sparse_pathways.report.results import read_log
-from sparse_pathways.report.tables import percent, result_notes, result_table, speed_table
+from sparse_pathways.report.results import origin, read_logs
+from sparse_pathways.report.tables import mask_table, percent, result_notes, result_table, speed_table
 
 
 @dataclass(frozen=True)
@@ -24,21 +25,24 @@ class Picture:
     """`data:` address of the SVG, so that the page needs no other file."""
 
 
-def write_page(run: Path, results: dict[str, Any], out: Path) -> Path:
+def write_page(run: Path, results: dict[str, Any] | None, out: Path) -> Path:
     """Write the page.
 
     Args:
-        run: folder whose subfolders' log.jsonl give the curves over steps.
-        results: from `read_results`.
+        run: folder; every log.jsonl in it or below gives curves over steps, and masks layer by layer.
+        results: from `read_results`; None: not evaluated yet.
         out: file to write.
 
     Returns:
         `out`.
 
     Raises:
-        sp.FormatError: a damaged log.
+        sp.FormatError: a damaged log, or neither logs nor results.
     """
-    logs = {path.parent.name: read_log(path) for path in sorted(run.glob("*/log.jsonl"))}
+    logs = read_logs(run)
+    if results is None and not logs:
+        raise sp.FormatError(run, "holds no log.jsonl and no results.json; train, prune or evaluate there first")
+    results = results or {"models": [], "transcripts": [], "speed": [], "origin": origin()}
     order = [model["name"] for model in results["models"]]
     logs = {
         name: logs[name] for name in sorted(logs, key=lambda name: (order.index(name) if name in order else 99, name))
@@ -48,8 +52,9 @@ def write_page(run: Path, results: dict[str, Any], out: Path) -> Path:
         loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("report.html").render(
-        table=result_table(results),
-        notes=result_notes(results),
+        table=result_table(results) if results["models"] else None,
+        notes=result_notes(results) if results["models"] else [],
+        masks={name: table for name, log in logs.items() if (table := mask_table(log)) is not None},
         pictures=_pictures(results, logs),
         transcripts=results["transcripts"],
         profiles=_profiles(results),
@@ -69,7 +74,7 @@ def _pictures(results: dict[str, Any], logs: dict[str, Any]) -> list[Picture]:
             "Word error rates",
             "Lower is better. Compare the models of one sparsity: does a mask per language lose less than one mask for "
             "all, and in which languages?",
-            figures.word_errors(models, colours),
+            figures.word_errors(models, colours) if models else None,
         ),
         (
             "How much masks of two languages share",

@@ -94,6 +94,16 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
+def read_logs(run: Path) -> dict[str, list[dict[str, Any]]]:
+    """The log of every run in a folder or below it, by the run's path within the folder.
+
+    Raises:
+        sp.FormatError: a damaged log.
+    """
+    paths = {path: path.parent.relative_to(run).as_posix() for path in sorted(run.rglob("log.jsonl"))}
+    return {run.resolve().name if name == "." else name: read_log(path) for path, name in paths.items()}
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Read a run's log.jsonl.
 

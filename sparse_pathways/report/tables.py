@@ -1,6 +1,6 @@
 """Tables for the terminal, for Markdown and for the page: rows of strings made from results."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,20 @@ def result_table(results: dict[str, Any]) -> Table:
                 "" if model["agreement"] is None else percent(model["agreement"]),
             ]
         )
+    return table
+
+
+def mask_table(log: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Masks at the end of a pruning run, layer by layer; None for a log without them (dense, or not finished)."""
+    masks = next((record["masks"] for record in reversed(log) if "masks" in record), None)
+    if masks is None:
+        return None
+    table = [["layer", "kept", "kept by any", "kept by all", "overlap of two", "dead rows"]]
+    for name, shares in masks.items():
+        low, high = min(shares["density"].values()), max(shares["density"].values())
+        kept = percent(low) if percent(low) == percent(high) else f"{percent(low)} to {percent(high)}"
+        parts = (percent(shares["union"]), percent(shares["core"]), f"{shares['overlap']:.2f}")
+        table.append([short(name), kept, *parts, percent(shares["dead_rows"])])
     return table
 
 

@@ -17,6 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 pytest.importorskip("torchaudio")
+soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("matplotlib")
 
 
@@ -75,6 +76,53 @@ def test_killed_twice_and_started_again_gives_the_same_models(tmp_path):
     assert fixed["cost"]["steps"] == 16 and set(fixed["swapped_wer"]) == {"en", "fr"}
 
 
+WORDS = ("one two three", "turn on the lamp", "call mark at nine"), ("un deux trois", "allume la lampe", "appelle marc")
+
+
+def make_mls(root):
+    """Folders in the layout of Multilingual LibriSpeech: English and French, eight clips of a second to train on."""
+    for folder, sentences in zip(("mls_english", "mls_french"), WORDS, strict=True):
+        for split, count in (("train", 8), ("dev", 2), ("test", 2)):
+            base = root / folder / split
+            audio = base / "audio" / "11" / "22"
+            audio.mkdir(parents=True)
+            names = [f"11_22_{number:06d}" for number in range(count)]
+            for number, name in enumerate(names):
+                noise = np.random.default_rng(number).standard_normal(24_000 + 1600 * number)
+                soundfile.write(audio / f"{name}.flac", 0.1 * noise, 16_000)
+            texts = [f"{name}\t{sentences[i % 3]}\n" for i, name in enumerate(names)]
+            (base / "transcripts.txt").write_text("".join(texts))
+            times = [f"{name}\thttp://x/y.mp3\t0.00\t{1.5 + 0.1 * i:.2f}\n" for i, name in enumerate(names)]
+            (base / "segments.txt").write_text("".join(times))
+    return root
+
+
+@pytest.mark.slow
+def test_the_same_list_runs_on_mls_folders_through_torchrun(tmp_path):
+    """A dense model and one pruning stage from it, two processes: what the full scale does, for a few steps."""
+    import tiny_study
+
+    from experiments import stages
+    from sparse_pathways.asr.mls import import_mls
+
+    import_mls(make_mls(tmp_path / "mls"), tiny_study.LANGUAGES, tmp_path / "runs" / "data")
+    cell = tiny_study.make_cells()[1]
+    own = stages.stages_of(tiny_study.STUDY, cell)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for stage in own[:2]:
+        words = [str(HERE / "tiny_study.py"), str(tmp_path / "runs"), "stage", stage.key]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        subprocess.run([*torchrun, *words], env=environment, check=True, timeout=300)
+        folder = stage.folder(tmp_path / "runs")
+        assert json.loads((folder / "config.json").read_text())["processes"] == 2
+        assert (folder / "model.pt").is_file() and json.loads((folder / "cost.json").read_text())["cpu_s"] > 0
+    import sparse_pathways as sp
+    from sparse_pathways.asr.checkpoint import load_model
+
+    model = load_model(own[1].folder(tmp_path / "runs"))
+    assert sp.density(model, own[1].phase.plan.pathways[0])["total"] == pytest.approx(0.2, abs=0.01)
+
+
 def test_cells_share_stages_and_other_settings_have_other_keys():
     import tiny_study
 
@@ -93,10 +141,10 @@ def test_cells_share_stages_and_other_settings_have_other_keys():
 
 
 def test_the_list_covers_the_tables_and_its_titles_are_distinct():
-    from experiments.cells import all_cells
+    from experiments.cells import REDUCED
     from experiments.tables import TABLES
 
-    cells = all_cells()
+    cells = REDUCED.all_cells()
     have = {(cell.name, cell.sparsity) for cell in cells}
     for table in TABLES:
         for claim in table.claims:
@@ -177,15 +225,15 @@ def test_missing_seeds_and_stale_files_are_said(tmp_path):
 
 
 def test_the_page_in_git_is_made_from_the_results_in_git(tmp_path):
-    from experiments.cells import all_cells
+    from experiments.cells import REDUCED
     from experiments.tables import write_all
 
     for _ in range(2):
-        write_all(all_cells(), ROOT / "experiments" / "results", tmp_path)
+        write_all(REDUCED.study, REDUCED.all_cells(), ROOT / "experiments" / "results", tmp_path)
         page = (tmp_path / "results.md").read_text()
         assert page == (ROOT / "experiments" / "results.md").read_text(), "run `make tables`"
     pictures = {path.name: path.read_bytes() for path in (tmp_path / "plots").glob("*.svg")}
-    write_all(all_cells(), ROOT / "experiments" / "results", tmp_path)
+    write_all(REDUCED.study, REDUCED.all_cells(), ROOT / "experiments" / "results", tmp_path)
     assert pictures == {path.name: path.read_bytes() for path in (tmp_path / "plots").glob("*.svg")}
     for path in (ROOT / "experiments" / "results").glob("*.json"):
         assert path.stat().st_size < 30_000, path

@@ -73,6 +73,12 @@ MUTATIONS = {
         "m[:, None] * y_stride_m",
         ("test_products", "test_activation_and_residual", (0, F32)),
     ),
+    "epilogue_wrong_constant": Mutation(
+        LOOP, "0.7071067811865476", "0.7978845608", ("test_products", "test_activation_and_residual", (2, F32))
+    ),
+    "epilogue_wrong_sign": Mutation(
+        LOOP, "-far, far", "far, far", ("test_products", "test_activation_and_residual", (4, F32))
+    ),
     # forward and dX
     "linear_last_row": Mutation(LINEAR, "m[:, None] < M", "m[:, None] < M - 1", equals_dense(FULL)),
     "linear_empty_list": Mutation(
@@ -94,6 +100,12 @@ MUTATIONS = {
     "dw_one_part_for_all": Mutation(DW, "        part_ptr += stride_split\n", "", PARTS),
     "dw_parts_in_one_place": Mutation(DW, "split * (tl.num_programs(0) // TILES) + block", "block", PACKED_PARTS),
     "dw_no_tail": Mutation(DW, "used[:, None] & (k[None, :] < K)", "used[:, None]", (*STRIDED, (F32, False))),
+    "dw_sum_of_last_entry": Mutation(
+        DW, "if entry >= tl.load(count_ptr):", "if entry >= tl.load(count_ptr) - 1:", PARTS
+    ),
+    "dw_sum_transposed": Mutation(
+        DW, "inside = c[:, None] * R + r[None, :]", "inside = r[None, :] * C + c[:, None]", PARTS
+    ),
     # mask and cast
     "mask_bits_reversed": Mutation(MASKED, "(block & 7).to", "(7 - (block & 7)).to", MASK),
     "mask_wrong_grid": Mutation(MASKED, "tl.cdiv(K, C) + (k", "(K // C) + (k", MASK),

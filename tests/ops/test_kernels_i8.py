@@ -102,6 +102,20 @@ def test_wide_and_tall(level, m, block, density, blocks_of, rng):
         assert torch.equal(y, emulated(x, w.dense, scale))
 
 
+@pytest.mark.parametrize("m", [1, 3, 6, 12], ids="M{}".format)
+def test_shares_of_two_threads(level, m, blocks_of, rng):
+    """Shares begin at any block row, not only where a vector of sixteen outputs does."""
+    w = blocks_of(rand_int8(1016, 1500, rng=rng), (8, 1), rng, density=0.5)
+    x, scale = torch.randn(m, 1500, generator=rng), scales(1016, 8, rng)
+    assert 8 * w.col.numel() * max(m, 2) > 1e6  # enough work for a second thread
+    torch.set_num_threads(2)
+    try:
+        for y in products(x, w, None, scale):
+            assert torch.equal(y, emulated(x, w.dense, scale))
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("m", [1, 6, 33], ids="M{}".format)
 def test_columns_in_any_order(level, m, blocks_of, rng):
     w = blocks_of(rand_int8(40, 700, rng=rng), (8, 1), rng)

@@ -109,6 +109,36 @@ def test_no_second_derivative(rng, device):
 
 
 @by_device
+def test_backward_again(rng, device):
+    x, weight, bias, layout = problem(rng, device)
+    y = sp.masked_linear(x, weight, layout, bias, dense_grad=False)
+    first, again = (torch.autograd.grad(y.sum(), (x, weight, bias), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+
+
+@by_device
+def test_a_gradient_with_strides(rng, device):
+    x, weight, bias, layout = problem(rng, device)
+    y = sp.masked_linear(x, weight, layout, bias, dense_grad=False)
+    dy = torch.randn(40, 6, generator=rng).to(device, torch.float64)
+    got = torch.autograd.grad(y, (x, weight), dy.T, retain_graph=True)
+    assert all(map(torch.equal, got, torch.autograd.grad(y, (x, weight), dy.T.contiguous())))
+
+
+@by_device
+@pytest.mark.parametrize("kept", [False, True])
+def test_nothing_and_everything_kept(rng, device, kept):
+    x, weight, bias, _ = problem(rng, device)
+    mask = torch.full((3, 3), kept, device=device)
+    layout = sp.BlockLayout.from_mask(mask, BLOCK, SHAPE, capacity=9)
+    y = sp.masked_linear(x, weight, layout, bias, dense_grad=False)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight * kept, bias))
+    dx, dw = torch.autograd.grad(y.sum(), (x, weight))
+    torch.testing.assert_close(dx, (weight * kept).sum(0).expand_as(dx))
+    torch.testing.assert_close(dw, x.sum(0).expand_as(dw) * kept)
+
+
+@by_device
 def test_shapes_of_x(rng, device):
     x, weight, bias, layout = problem(rng, device, m=0)
     y = sp.masked_linear(x, weight, layout, bias)

@@ -230,7 +230,7 @@ WRONG = {  # of bcsr_linear_dw and bcsr_linear_dx: what is wrong -> (operator, c
     "dw-crow": ("dw", dict(crow=torch.zeros(3, dtype=torch.int32)), "does not fit n = 40"),
     "dx-half": ("dx", dict(dy=torch.zeros(3, 40).half()), "take float32 and float64"),
     "dx-crow": ("dx", dict(crow=torch.zeros(3, dtype=torch.int32)), "does not fit n = 40"),
-    "dx-crow_t": ("dx", dict(crow_t=torch.zeros(3, dtype=torch.int32)), "does not fit k = 32"),
+    "dx-crow_t": ("dx", dict(dy=torch.zeros(2, 40), crow_t=torch.zeros(3, dtype=torch.int32)), "does not fit k = 32"),
 }
 
 

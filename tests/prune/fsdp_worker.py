@@ -62,4 +62,5 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     results = {name: train(plan, dist.get_rank(), dist.get_world_size()) for name, plan in PLANS.items()}
     torch.save(results, f"{sys.argv[1]}-{dist.get_rank()}.pt")
+    dist.barrier()  # rank 0 keeps the store: it leaves last
     dist.destroy_process_group()

@@ -96,6 +96,31 @@ def test_the_interval_follows_the_churn(toy, masks):
         assert steps == [4, 6, 7, 8, 9, 10, 11, 12]
 
 
+def test_explored_blocks_are_those_kept_since_the_schedule_ended(toy):
+    plan = replace(sp.methods.dynamic_asr_pathways(LANGUAGES, 0.6, steps=40), interval=2)
+    model = toy.make_model()
+    optimizer = toy.adamw(model)
+    pruner = sp.Pruner(model, plan, optimizer)
+    assert pruner.explored() == {"en": 1.0, "fr": 1.0}  # the density of now, before the schedule has ended
+    ever: dict = {}
+
+    def follow(step, name, event):
+        if step < plan.schedule_end:
+            return
+        for layer_name, layer in toy.layers_of(model).items():
+            for language in LANGUAGES:
+                mask = layer.mask(language)
+                ever[layer_name, language] = ever.get((layer_name, language), mask) | mask
+
+    toy.train(model, pruner, optimizer, toy.turns(40), after=follow)
+    for language in LANGUAGES:
+        share = sum(int(ever[name, language].sum()) for name in toy.layers_of(model))
+        blocks = sum(layer.mask().numel() for layer in toy.layers_of(model).values())
+        assert pruner.explored()[language] == share / blocks > 0.4
+    again = sp.Pruner(model, plan, optimizer, state=pruner.state_dict())
+    assert again.explored() == pruner.explored()
+
+
 def test_random_masks_are_a_matter_of_names_alone(toy):
     plan = sp.PruningPlan(schedule=sp.Constant(0.5), interval=1, freeze=0, init="random")
     first, second = toy.make_model(), toy.make_model(("fr", "en"))

@@ -130,6 +130,41 @@ def test_page_without_logs_and_times(run):
     assert page.count("<img") == 1  # the word error rates are all there is
 
 
+def test_page_and_events_of_runs_that_are_not_evaluated_yet(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(sp.FormatError, match=r"holds no log\.jsonl and no results\.json"):
+        write_page(tmp_path / "empty", None, tmp_path / "page.html")
+    masks = {
+        "rnnt.layer.0": {"density": {"en": 0.25, "fr": 0.5}, "overlap": 0.5, "union": 0.6, "core": 0.1, "dead_rows": 0},
+        "total": {"density": {"en": 0.3, "fr": 0.3}, "overlap": 0.75, "union": 0.4, "core": 0.2, "dead_rows": 0.125},
+    }
+    event = {"pathway": "en", "density": 0.3, "blocks": 100, "pruned": 3, "regrown": 6, "iou": 0.8}
+    lines = [
+        {"step": 20, "loss": 2.5, "sparsity": 0.7, "overlap": 0.75, "union": 0.4, "explored": 0.45},
+        {"step": 20, "event": event},
+        {"step": 20, "masks": masks},
+    ]
+    folder = tmp_path / "one" / "pruned"
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = write_page(folder, None, tmp_path / "page.html").read_text()
+    for wanted in ("Masks of pruned", "25.0 % to 50.0 %", "12.5 %", "0.75"):
+        assert wanted in text
+    assert "<h2>Results</h2>" not in text
+    assert figures._exchanged(event) == pytest.approx(20)
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from sparse_pathways.report.tensorboard import write_events
+
+    write_events(results.read_logs(tmp_path / "one"), tmp_path / "events")
+    events = EventAccumulator(str(tmp_path / "events" / "pruned")).Reload()
+    assert events.Scalars("event/iou")[0].value == pytest.approx(0.8) and events.Scalars("loss")[0].step == 20
+    assert {"loss", "sparsity", "overlap", "union", "explored", "event/regrown"} <= set(events.Tags()["scalars"])
+    with pytest.raises(ValueError, match=r"there is no log\.jsonl"):
+        write_events({}, tmp_path / "events")
+
+
 def test_result_table_shows_each_model_once(run):
     table = tables.result_table(results.read_results(run / "results.json"))
     assert [len(row) for row in table] == [len(table[0])] * 4
