@@ -54,7 +54,9 @@ def _object(source: Path, flavour: str, changes: Changes) -> Path:
         flags += HOOKS
     if source.parent.name == "emulation" and flavour == "traced":
         flags += ["-O2"]
-    key = hashlib.sha256("\0".join([*compiler(), *flags, name, text, _headers(source.relative_to(ROOT), changes)]).encode()).hexdigest()[:24]
+    key = hashlib.sha256(
+        "\0".join([*compiler(), *flags, name, text, _headers(source.relative_to(ROOT), changes)]).encode()
+    ).hexdigest()[:24]
     target = BUILD / flavour / f"{source.stem}-{key}.o"
     if target.exists():
         return target
