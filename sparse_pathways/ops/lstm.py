@@ -266,8 +266,8 @@ def sparse_lstm(
     if not _wants_grad(x, h, c, ih.packed.values, ih.bias, hh.packed.values, hh.bias, *trained):
         if _takes_strips(x, h, ih, hh):
             xs, h0, c0 = (t.contiguous() for t in _as_steps(x, h, c))
-            weights = [(w.packed, w.packed.index(w.pathway), w.bias) for w in (ih, hh)]  # type: ignore[arg-type]
-            return _in_shape(strips.lstm(xs, h0, c0, *weights, norm, reverse), x, h)
+            of_x, of_h = ((w.packed, w.packed.index(w.pathway), w.bias) for w in (ih, hh))  # type: ignore[arg-type]
+            return _in_shape(strips.lstm(xs, h0, c0, of_x, of_h, norm, reverse), x, h)
         if _served(ih, hh):
             return _whole(x, h, c, ih, hh, norm, reverse)
     return compose(x, h, c, ih, hh, norm, reverse)

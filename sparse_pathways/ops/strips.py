@@ -84,7 +84,8 @@ def refusal(dtype: torch.dtype, block: Block) -> str | None:
 
 def _pack(packed: PackedWeight, index: BlockIndex, p: int) -> Strips:
     (n, k), (r, c) = packed.shape, packed.block
-    return Strips(*torch.ops.sparse_pathways.strips_pack.default(packed.values, *index, n, k, r, c, p)[:3], p)
+    values, ids, begin, *_ = torch.ops.sparse_pathways.strips_pack.default(packed.values, *index, n, k, r, c, p)
+    return Strips(values, ids, begin, p)
 
 
 def strips_of(packed: PackedWeight, index: BlockIndex, height: int | None = None) -> Strips:
