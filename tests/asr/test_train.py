@@ -109,6 +109,15 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture
+def ctrl_c():
+    """A shell starts what it puts into the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_interrupted_and_resumed_equals_straight(dense_config, tmp_path, monkeypatch, number):
     train(dense_config)
@@ -124,6 +133,7 @@ def test_interrupted_and_resumed_equals_straight(dense_config, tmp_path, monkeyp
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_second_signal_is_obeyed_at_once_by_a_process_that_is_alone():
     with pytest.raises(KeyboardInterrupt), loop._stop_signals(alone=True) as stop:
         signal.raise_signal(signal.SIGINT)

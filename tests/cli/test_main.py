@@ -190,7 +190,7 @@ def test_error_from_a_shell_has_no_traceback_unless_asked_for(tmp_path):
     words = ["report", tmp_path]
     plain = run_command(*words)
     assert (plain.returncode, plain.stdout) == (2, "")
-    assert plain.stderr.count("\n") == 1 and "results.json: no such file" in plain.stderr
+    assert plain.stderr.count("\n") == 1 and "holds no log.jsonl and no results.json" in plain.stderr
     asked = run_command(*words, "--debug")
     assert asked.returncode != 0 and "Traceback" in asked.stderr and "FormatError" in asked.stderr
 
