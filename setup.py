@@ -1,7 +1,8 @@
 """Builds the C++ kernels with CMake; everything else about the package stands in pyproject.toml.
 
 The kernels are a plain shared library that torch loads (`torch.ops.load_library`), not a Python module, so one wheel
-serves every Python: tag py3-none-<platform>. Without a C++ compiler the package installs without the library.
+serves every Python: tag py3-none-<platform>. Without a C++ compiler the package installs without the library. Beside it
+lies a library of direct calls that serves the torch and the Python it was built with, and is left alone by others.
 """
 
 import os
@@ -58,6 +59,9 @@ class CMakeBuild(build_ext):
             stale.unlink()  # a library that this configuration leaves out must not be installed from an earlier one
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(BUILD), "--parallel"], check=True)
+        direct = [cmake, "--build", str(BUILD), "--target", "sparse_pathways_direct"]
+        if subprocess.run(direct).returncode != 0:
+            print("sparse-pathways: no direct calls; calls go through torch's dispatcher (sp.env())", file=sys.stderr)
         for target in map(Path, self.get_outputs()):
             target.parent.mkdir(parents=True, exist_ok=True)
             fresh = target.with_suffix(".new")

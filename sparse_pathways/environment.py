@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparse_pathways.checks import BackendUnavailable
-from sparse_pathways.ops import backends, library, machine
+from sparse_pathways.ops import backends, direct, library, machine
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 CPUINFO = Path("/proc/cpuinfo")
@@ -100,7 +100,8 @@ def env() -> Environment:
     Keys: `package` version, `commit` of the source tree and versions of `python`, `torch`, `triton`, `torchaudio`; the
     `cpu`, its `cores` (all, and `cores_allowed` to this process), `l1d_kib`, `l2_kib`, `l3_kib` (KiB, as one core sees
     them) and `cpu_flags` that matter to the kernels; `isa_available`, the CPU kernels that can run here, `cpu_backend`,
-    the one in use, `cpu_kernels` ("loaded", or why not) and their `compiler`; `threads` that torch is told to use and
+    the one in use, `cpu_kernels` ("loaded", or why not) and their `compiler`; `direct_calls` ("loaded", or why calls go
+    through torch's dispatcher, a microsecond slower each); `threads` that torch is told to use and
     `pool_threads`, those of ours that exist by now besides the callers'; `cuda_device`; `forced_backend`. What does not
     exist or is not known is None.
     """
@@ -123,6 +124,7 @@ def env() -> Environment:
         cpu_backend=_cpu_backend(),
         cpu_kernels="loaded" if library.MISSING is None else library.MISSING,
         compiler=machine.compiler(),
+        direct_calls="loaded" if direct.MISSING is None else direct.MISSING,
         threads=torch.get_num_threads(),
         pool_threads=machine.pool_helpers(),
         cuda_device=torch.cuda.get_device_name() if torch.cuda.is_available() else None,

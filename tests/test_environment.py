@@ -15,6 +15,7 @@ from sparse_pathways.ops.library import MISSING
 KEYS = {
     *("package", "commit", "python", "torch", "triton", "torchaudio", "cpu", "cores", "cores_allowed"),
     *("l1d_kib", "l2_kib", "l3_kib", "cpu_flags", "isa_available", "cpu_backend", "cpu_kernels", "compiler"),
+    "direct_calls",
     *("threads", "pool_threads", "cuda_device", "forced_backend"),
 }
 

@@ -98,9 +98,27 @@ inline ProductArgs weight_args(const LinearOperands& w, int64_t k) {
   return args;
 }
 
-// activation(x @ W.T * scale + initial + bias) + residual for x [..., K], contiguous; `args` from weight_args, `type`
-// of the values. The result takes the place of `initial` if that is given.
-inline Tensor run_linear(const Tensor& x, ProductArgs args, ScalarType type, const std::optional<Tensor>& bias,
+// y [m, N] = activation(x @ W.T * scale + initial + bias) + residual for x [m, K] of the dtype that goes with values of
+// `type`; `args` from weight_args. `initial` may be y.
+struct Rows {
+  const void *x, *residual, *initial;
+  int64_t m;
+  void* y;
+};
+inline void multiply(ProductArgs args, ScalarType type, const std::optional<Tensor>& bias, const Rows& rows) {
+  const ProductKernel kernel = linear_kernel(type);
+  STD_TORCH_CHECK(kernel != nullptr, "the CPU kernels '", kernels().name, "' have none for this dtype");
+  args.x = rows.x;
+  args.m = rows.m;
+  args.bias = data_or_null(bias);
+  args.residual = rows.residual;
+  args.initial = rows.initial;
+  args.y = rows.y;
+  run(args, kernel, type == ScalarType::Double ? sizeof(double) : sizeof(float));
+}
+
+// The same for x [..., K], contiguous. The result takes the place of `initial` if that is given.
+inline Tensor run_linear(const Tensor& x, const ProductArgs& args, ScalarType type, const std::optional<Tensor>& bias,
                          const std::optional<Tensor>& residual, const std::optional<Tensor>& initial = std::nullopt) {
   STD_TORCH_CHECK(x.scalar_type() == x_type(type), "values and x differ in dtype");
   const int64_t dim = x.dim();
@@ -108,23 +126,17 @@ inline Tensor run_linear(const Tensor& x, ProductArgs args, ScalarType type, con
                   kMaxDim, " dimensions");
   STD_TORCH_CHECK(x.is_contiguous() && x.is_cpu(), "x must be contiguous and on the CPU");
   int64_t shape[kMaxDim];
-  args.m = 1;
-  for (int64_t i = 0; i + 1 < dim; ++i) args.m *= shape[i] = x.size(i);
+  int64_t m = 1;
+  for (int64_t i = 0; i + 1 < dim; ++i) m *= shape[i] = x.size(i);
   shape[dim - 1] = args.out;
-  args.x = x.const_data_ptr();
-  args.bias = data_or_null(bias);
   if (residual.has_value()) {
-    STD_TORCH_CHECK(residual->is_contiguous() && residual->numel() == args.m * args.out &&
+    STD_TORCH_CHECK(residual->is_contiguous() && residual->numel() == m * args.out &&
                         residual->scalar_type() == x.scalar_type() && residual->is_cpu(),
                     "residual must be contiguous, of x's dtype and y's shape");
-    args.residual = residual->const_data_ptr();
   }
-  const ProductKernel kernel = linear_kernel(type);
-  STD_TORCH_CHECK(kernel != nullptr, "the CPU kernels '", kernels().name, "' have none for this dtype");
   Tensor y = initial.has_value() ? *initial : empty_cpu(shape, dim, x.scalar_type());
-  args.initial = data_or_null(initial);
-  args.y = y.mutable_data_ptr();
-  run(args, kernel, type == ScalarType::Double ? sizeof(double) : sizeof(float));
+  multiply(args, type, bias,
+           {x.const_data_ptr(), data_or_null(residual), data_or_null(initial), m, y.mutable_data_ptr()});
   return y;
 }
 

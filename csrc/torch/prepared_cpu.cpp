@@ -7,6 +7,7 @@
 #include <atomic>
 #include <fstream>
 
+#include "torch/direct.h"
 #include "torch/prepared.h"
 
 namespace sp {
@@ -55,12 +56,16 @@ void release_linear_op(int64_t handle) {
   delete prepared;
 }
 
+ProductArgs args_now(const Prepared& weight) {
+  ProductArgs args = weight.args;
+  args.cold = beyond_caches();
+  return args;
+}
+
 Tensor product(const Tensor& x, const Prepared& weight, const std::optional<Tensor>& residual) {
   std::optional<Tensor> initial;
   if (weight.base != nullptr) initial = product(x, *weight.base, std::nullopt);
-  ProductArgs args = weight.args;
-  args.cold = beyond_caches();
-  return run_linear(x, args, weight.type, weight.operands.bias, residual, initial);
+  return run_linear(x, args_now(weight), weight.type, weight.operands.bias, residual, initial);
 }
 
 // x [..., K] of the weight's x_dtype, any strides.
@@ -68,6 +73,24 @@ Tensor packed_linear_cpu(const Tensor& x, int64_t handle, const std::optional<Te
   const Prepared& weight = *find_prepared(handle);
   return product(x.is_contiguous() ? x : torch::stable::contiguous(x), weight, residual);
 }
+
+// --- for direct.cpp
+// ---------------------------------------------------------------------------------------------------
+DirectWeight direct_weight(int64_t handle) {
+  const Prepared& weight = *find_prepared(handle);
+  return {weight.args.in, weight.args.out, static_cast<int>(x_type(weight.type)), weight.bytes};
+}
+
+void direct_linear(int64_t handle, const void* x, int64_t m, const void* residual, void* y) {
+  const Prepared& weight = *find_prepared(handle);
+  if (weight.base != nullptr) direct_linear(reinterpret_cast<int64_t>(weight.base), x, m, nullptr, y);
+  multiply(args_now(weight), weight.type, weight.operands.bias,
+           {x, residual, weight.base == nullptr ? nullptr : y, m, y});
+}
+
+constexpr DirectCalls kDirectCalls{kDirectVersion, direct_weight, direct_linear};
+
+int64_t direct_calls_op() { return reinterpret_cast<int64_t>(&kDirectCalls); }
 
 }  // namespace
 
@@ -85,4 +108,5 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_pathways, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_pathways, CompositeExplicitAutograd, m) {
   m.impl("release_linear", TORCH_BOX(&sp::release_linear_op));
+  m.impl("direct_calls", TORCH_BOX(&sp::direct_calls_op));
 }

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sparse_pathways.checks import refuse_second_derivative, unknown_pathway
 from sparse_pathways.layout.packed import BlockIndex, PackedWeight
-from sparse_pathways.ops import backends, cuda, pathways, strips
-from sparse_pathways.ops.prepared import packed_linear, prepare
+from sparse_pathways.ops import backends, cuda, direct, pathways, strips
+from sparse_pathways.ops.prepared import prepare
 from sparse_pathways.ops.reference import (
     ACTIVATION_NAMES,
     ACTIVATIONS,
@@ -103,7 +103,7 @@ torch.library.register_autograd(LINEAR, _backward, setup_context=_save)
 
 # --- kernel or reference ------------------------------------------------------------------------------------------
 _bcsr_linear = torch.ops.sparse_pathways.bcsr_linear.default
-_packed_linear = packed_linear._op  # without the overload's own Python frame, which torch.compile needs
+_is_dynamo = torch.compiler.is_dynamo_compiling
 
 
 GRADIENT_DTYPES = (torch.float32, torch.float64)  # of the CPU kernels of gradients
@@ -262,17 +262,18 @@ def sparse_linear(
         BackendUnavailable: a forced backend cannot serve this product.
     """
     try:
+        # Each of these tests is a hundredth of a small product; where a compiler is not dynamo, the operator refuses.
         ready = packed.prepared.get(pathway)
         if (
-            not torch.compiler.is_compiling()
+            not _is_dynamo()
             and ready is not None
             and ready.bias is bias
             and ready.activation == activation
             and ready.epoch == backends.epoch
             and (ready.version is None or ready.version == packed.values._version)
-            and not (torch.is_grad_enabled() and (ready.trains or x.requires_grad or residual is not None))
+            and not ((ready.trains or x.requires_grad or residual is not None) and torch.is_grad_enabled())
         ):
-            return _packed_linear(x, ready.handle, residual)
+            return direct.linear(x, ready.handle, residual)
     except (AttributeError, RuntimeError, TypeError):
         pass  # the checks of the long way word what is wrong
     return _checked(x, packed, bias, pathway, activation, residual)

@@ -23,6 +23,7 @@ torch.library.define(
     "bool quantise_x, int base) -> int",
 )
 torch.library.define("sparse_pathways::release_linear", "(int handle) -> ()")
+torch.library.define("sparse_pathways::direct_calls", "() -> int")
 torch.library.define(PACKED_LINEAR, "(Tensor x, int handle, Tensor? residual=None) -> Tensor")
 
 _LIBRARY = torch.library.Library("sparse_pathways", "IMPL")

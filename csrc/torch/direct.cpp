@@ -1,0 +1,106 @@
+// `packed_linear` as a Python function that skips torch's dispatcher.
+//
+// The dispatcher's way from Python to a kernel (schema, boxed arguments and results) takes 1.2 us and touches several
+// hundred cache lines, more than the product of a small layer. Here the tensor is looked at and the kernel called. Only
+// this needs torch's own C++ ABI, so it is a library apart, made for one torch and one Python (ops/direct.py), and the
+// operator serves wherever it is missing. It also serves every call in which anybody but the kernel has a say: a mode,
+// a subclass, a transform, tracing, autocast, a profiler, an input that does not fit.
+#include "torch/direct.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+namespace {
+
+const sp::DirectCalls* calls = nullptr;
+PyObject* packed_linear = nullptr;  // the operator
+
+constexpr double kShort = 1 << 18;  // bytes of weight times rows: some 10 us, for which the lock is not worth releasing
+
+// Whether the dispatcher would go to the kernel of the CPU and nowhere else. (Autograd has no part in operators on
+// handles, see ops/prepared.py.)
+bool is_plain(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet passed({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                        c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect});
+  const auto thread = c10::impl::tls_local_dispatch_key_set();
+  const auto keys = ((tensor.key_set() | thread.included_) - thread.excluded_) - passed;
+  return keys.highestFunctionalityKey() == c10::DispatchKey::Undefined && tensor.is_cpu();
+}
+
+bool is_watched() {
+  return at::impl::torch_function_mode_enabled() ||
+         at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value();
+}
+
+// Null if the operator must serve.
+PyObject* try_linear(PyObject* const* args, Py_ssize_t count) {
+  if (count < 2 || count > 3 || !THPVariable_CheckExact(args[0]) || !PyLong_CheckExact(args[1])) return nullptr;
+  const bool has_residual = count == 3 && args[2] != Py_None;
+  if (has_residual && !THPVariable_CheckExact(args[2])) return nullptr;
+  const at::Tensor& x = THPVariable_Unpack(args[0]);
+  if (!is_plain(x) || is_watched()) return nullptr;
+  const int64_t handle = PyLong_AsLongLong(args[1]);
+  const sp::DirectWeight weight = calls->weight(handle);
+  const int64_t dim = x.dim();
+  if (dim == 0 || x.size(-1) != weight.in || static_cast<int>(x.scalar_type()) != weight.x_type || !x.is_contiguous()) {
+    return nullptr;
+  }
+  c10::SmallVector<int64_t, 8> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = weight.out;
+  int64_t m = 1;
+  for (int64_t i = 0; i + 1 < dim; ++i) m *= shape[i];
+  const void* residual = nullptr;
+  if (has_residual) {
+    const at::Tensor& added = THPVariable_Unpack(args[2]);
+    if (!is_plain(added) || added.scalar_type() != x.scalar_type() || added.numel() != m * weight.out ||
+        !added.is_contiguous()) {
+      return nullptr;
+    }
+    residual = added.const_data_ptr();
+  }
+  at::Tensor y = at::detail::empty_cpu(shape, x.scalar_type());
+  if (static_cast<double>(weight.bytes) * static_cast<double>(m) < kShort) {
+    calls->linear(handle, x.const_data_ptr(), m, residual, y.mutable_data_ptr());
+  } else {
+    pybind11::gil_scoped_release no_gil;
+    calls->linear(handle, x.const_data_ptr(), m, residual, y.mutable_data_ptr());
+  }
+  return THPVariable_Wrap(std::move(y));
+}
+
+PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (PyObject* y = try_linear(args, count)) return y;
+  if (PyErr_Occurred()) return nullptr;
+  return PyObject_Vectorcall(packed_linear, args, static_cast<size_t>(count), nullptr);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* bind(PyObject*, PyObject* args) {
+  long long address = 0;
+  PyObject* op = nullptr;
+  if (!PyArg_ParseTuple(args, "LO", &address, &op)) return nullptr;
+  const auto* found = reinterpret_cast<const sp::DirectCalls*>(address);
+  if (found->version != sp::kDirectVersion) {
+    PyErr_SetString(PyExc_ImportError, "the direct calls are of another build than the kernels; reinstall the package");
+    return nullptr;
+  }
+  calls = found;
+  Py_XSETREF(packed_linear, Py_NewRef(op));
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"bind", bind, METH_VARARGS, "bind(address of the kernels' DirectCalls, operator packed_linear)"},
+    {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL,
+     "linear(x, handle, residual=None): `packed_linear` without the dispatcher, or the operator itself"},
+    {}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_direct", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__direct() { return PyModule_Create(&module); }
