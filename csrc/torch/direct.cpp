@@ -2,14 +2,16 @@
 //
 // The dispatcher's way from Python to a kernel (schema, boxed arguments and results) takes 1.2 us and touches several
 // hundred cache lines, more than the product of a small layer. Here the tensor is looked at and the kernel called. Only
-// this needs torch's own C++ ABI, so it is a library apart, made for one torch and one Python (ops/direct.py), and the
-// operator serves wherever it is missing. It also serves every call in which anybody but the kernel has a say: a mode,
-// a subclass, a transform, tracing, autocast, a profiler, an input that does not fit.
+// this needs torch's own C++ ABI, so it is a library apart, made for one torch and one Python. Where it is missing, the
+// function of the same meaning in ops/direct.py serves, which calls the operator; so it does for every call in which
+// anybody but the kernel has a say: a mode, a subclass, a transform, tracing, autocast, a profiler, an input that does
+// not fit.
 #include "torch/direct.h"
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/record_function.h>
+#include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -17,7 +19,7 @@
 namespace {
 
 const sp::DirectCalls* calls = nullptr;
-PyObject* packed_linear = nullptr;  // the operator
+PyObject* otherwise = nullptr;  // the function of ops/direct.py
 
 constexpr double kShort = 1 << 18;  // bytes of weight times rows: some 10 us, for which the lock is not worth releasing
 
@@ -36,13 +38,18 @@ bool is_watched() {
          at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value();
 }
 
-// Null if the operator must serve.
+// (x, handle, residual, values, version, trains). Null if the operator must serve.
 PyObject* try_linear(PyObject* const* args, Py_ssize_t count) {
-  if (count < 2 || count > 3 || !THPVariable_CheckExact(args[0]) || !PyLong_CheckExact(args[1])) return nullptr;
-  const bool has_residual = count == 3 && args[2] != Py_None;
-  if (has_residual && !THPVariable_CheckExact(args[2])) return nullptr;
+  if (count != 6 || !THPVariable_CheckExact(args[0]) || !PyLong_CheckExact(args[1])) return nullptr;
+  const bool has_residual = args[2] != Py_None;
+  if ((has_residual && !THPVariable_CheckExact(args[2])) || !THPVariable_CheckExact(args[3])) return nullptr;
   const at::Tensor& x = THPVariable_Unpack(args[0]);
   if (!is_plain(x) || is_watched()) return nullptr;
+  if (args[4] != Py_None) {
+    const auto& version = THPVariable_Unpack(args[3]).unsafeGetTensorImpl()->version_counter();
+    if (PyLong_AsUnsignedLong(args[4]) != version.current_version()) Py_RETURN_NONE;
+  }
+  if (c10::GradMode::is_enabled() && (args[5] == Py_True || x.requires_grad() || has_residual)) Py_RETURN_NONE;
   const int64_t handle = PyLong_AsLongLong(args[1]);
   const sp::DirectWeight weight = calls->weight(handle);
   const int64_t dim = x.dim();
@@ -76,28 +83,28 @@ PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (PyObject* y = try_linear(args, count)) return y;
   if (PyErr_Occurred()) return nullptr;
-  return PyObject_Vectorcall(packed_linear, args, static_cast<size_t>(count), nullptr);
+  return PyObject_Vectorcall(otherwise, args, static_cast<size_t>(count), nullptr);
   END_HANDLE_TH_ERRORS
 }
 
 PyObject* bind(PyObject*, PyObject* args) {
   long long address = 0;
-  PyObject* op = nullptr;
-  if (!PyArg_ParseTuple(args, "LO", &address, &op)) return nullptr;
+  PyObject* function = nullptr;
+  if (!PyArg_ParseTuple(args, "LO", &address, &function)) return nullptr;
   const auto* found = reinterpret_cast<const sp::DirectCalls*>(address);
   if (found->version != sp::kDirectVersion) {
     PyErr_SetString(PyExc_ImportError, "the direct calls are of another build than the kernels; reinstall the package");
     return nullptr;
   }
   calls = found;
-  Py_XSETREF(packed_linear, Py_NewRef(op));
+  Py_XSETREF(otherwise, Py_NewRef(function));
   Py_RETURN_NONE;
 }
 
 PyMethodDef methods[] = {
-    {"bind", bind, METH_VARARGS, "bind(address of the kernels' DirectCalls, operator packed_linear)"},
+    {"bind", bind, METH_VARARGS, "bind(address of the kernels' DirectCalls, function to call instead)"},
     {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL,
-     "linear(x, handle, residual=None): `packed_linear` without the dispatcher, or the operator itself"},
+     "linear(x, handle, residual, values, version, trains): see ops/direct.py"},
     {}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_direct", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -1,7 +1,7 @@
 """`packed_linear` without torch's dispatcher, where the package was built for the torch and the Python that run.
 
 The kernels are on torch's stable ABI and serve any torch; the direct call (csrc/torch/direct.cpp) is on its own C++ ABI
-and serves one. Elsewhere the operator is called, which gives the same numbers about a microsecond later.
+and serves one. Elsewhere `through_operator` is called, which gives the same numbers about a microsecond later.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparse_pathways.ops import library
 from sparse_pathways.ops.prepared import packed_linear
@@ -19,14 +20,29 @@ from sparse_pathways.ops.prepared import packed_linear
 _ABI = f"{torch.__version__}-{sysconfig.get_config_var('SOABI')}"
 PATH = library.PATH.with_name(f"libsparse_pathways_direct-{_ABI}.so")
 
+# The operator without its overload's own Python frame, which torch.compile needs and which never comes here.
+_operator = packed_linear._op
 
-def _load(operator: Any) -> tuple[Any, str | None]:
-    """The function to call, and why it is the operator if it is."""
+
+def through_operator(
+    x: Tensor, handle: int, residual: Tensor | None, values: Tensor, version: int | None, trains: bool
+) -> Tensor | None:
+    """`packed_linear(x, handle, residual)` while its answer is right: `values` is still of `version` (None: not
+    counted), and no gradient is wanted, of x, the residual or (`trains`) the weight. Else None."""
+    if version is not None and version != values._version:
+        return None
+    if (trains or x.requires_grad or residual is not None) and torch.is_grad_enabled():
+        return None
+    return _operator(x, handle, residual)
+
+
+def _load() -> tuple[Any, str | None]:
+    """The function to call, and why it is `through_operator` if it is."""
     if library.MISSING is not None:
-        return operator, "there are no CPU kernels"
+        return through_operator, "there are no CPU kernels"
     if not PATH.exists():
         return (
-            operator,
+            through_operator,
             f"not built for torch {torch.__version__} and this Python: reinstall sparse-pathways beside them",
         )
     name = "sparse_pathways._direct"
@@ -36,11 +52,10 @@ def _load(operator: Any) -> tuple[Any, str | None]:
     try:
         module = module_from_spec(spec)
         loader.exec_module(module)
-        module.bind(torch.ops.sparse_pathways.direct_calls(), operator)
+        module.bind(torch.ops.sparse_pathways.direct_calls(), through_operator)
     except ImportError as error:
-        return operator, f"{PATH.name} does not load: {error}"
+        return through_operator, f"{PATH.name} does not load: {error}"
     return module.linear, None
 
 
-# The operator without its overload's own Python frame, which torch.compile needs and which never comes here.
-linear, MISSING = _load(packed_linear._op)
+linear, MISSING = _load()

@@ -12,18 +12,20 @@ import sparse_pathways as sp
 from sparse_pathways.ops import direct
 from sparse_pathways.ops.prepared import packed_linear
 
+X = torch.zeros(1)
+
 pytestmark = pytest.mark.skipif(direct.MISSING is not None, reason=f"no direct calls: {direct.MISSING}")
 
 
 class Operator:
-    """Stands in for the operator and counts."""
+    """Stands in for the way through the operator and counts."""
 
     def __init__(self):
         self.calls = 0
 
     def __call__(self, *args):
         self.calls += 1
-        return packed_linear._op(*args)
+        return direct.through_operator(*args)
 
 
 @pytest.fixture
@@ -33,7 +35,12 @@ def operator():
     bind = direct.linear.__self__.bind
     bind(torch.ops.sparse_pathways.direct_calls(), stand_in)
     yield stand_in
-    bind(torch.ops.sparse_pathways.direct_calls(), packed_linear._op)
+    bind(torch.ops.sparse_pathways.direct_calls(), direct.through_operator)
+
+
+def linear(x, handle, residual=None, values=X, version=None, trains=False, call=direct.linear):
+    """A direct call; `values` [1] whose version is not looked at, if no others are given."""
+    return call(x, handle, residual, values, version, trains)
 
 
 def pack(dtype=torch.float32, pathways=1):
@@ -58,7 +65,7 @@ def test_is_the_operator_bit_for_bit(operator, shape, dtype, pathways, mode):
     residual = torch.randn(*shape[:-1], 40).to(packed.x_dtype)
     with mode():
         for rest in ((), (None,), (residual,)):
-            got, want = direct.linear(x, handle, *rest), packed_linear(x, handle, *rest)
+            got, want = linear(x, handle, *rest), packed_linear(x, handle, *rest)
             assert operator.calls == 0
             assert torch.equal(got, want) and got.dtype == want.dtype and got.stride() == want.stride()
             assert got.is_inference() == want.is_inference() and not got.requires_grad
@@ -111,18 +118,16 @@ def test_the_operator_serves_what_others_may_watch_or_change(operator):
 
     with torch.no_grad():
         with Functions():
-            served_by_operator("function mode", lambda: direct.linear(x, handle))
+            served_by_operator("function mode", lambda: linear(x, handle))
         with Dispatches() as mode:
-            served_by_operator("dispatch mode", lambda: direct.linear(x, handle))
+            served_by_operator("dispatch mode", lambda: linear(x, handle))
             assert packed_linear in mode.seen
         with torch.profiler.profile():
-            served_by_operator("profiler", lambda: direct.linear(x, handle))
-        served_by_operator("subclass", lambda: direct.linear(x.as_subclass(Own), handle).as_subclass(torch.Tensor))
-        served_by_operator("strides", lambda: direct.linear(x.T.contiguous().T, handle))
-        served_by_operator("lazy negation", lambda: direct.linear(torch._neg_view(-x), handle))
-        served_by_operator(
-            "trace", lambda: torch.jit.trace(lambda t: direct.linear(t, handle), x, check_trace=False)(x)
-        )
+            served_by_operator("profiler", lambda: linear(x, handle))
+        served_by_operator("subclass", lambda: linear(x.as_subclass(Own), handle).as_subclass(torch.Tensor))
+        served_by_operator("strides", lambda: linear(x.T.contiguous().T, handle))
+        served_by_operator("lazy negation", lambda: linear(torch._neg_view(-x), handle))
+        served_by_operator("trace", lambda: torch.jit.trace(lambda t: linear(t, handle), x, check_trace=False)(x))
     assert [what for what, calls in served if calls < 1] == []
 
 
@@ -133,18 +138,40 @@ def test_the_operator_serves_what_others_may_watch_or_change(operator):
         (lambda x, handle: (x[:, :9].contiguous(), handle), r"x must be \[\.\.\., 24\]"),
         (lambda x, handle: (x, handle, x), "residual must be contiguous"),
         (lambda x, handle: (x, 0), "handle is not of a prepared weight"),
-        (lambda x, handle: (x,), "handle"),
-        (lambda x, handle: (None, handle), "no tensor arguments"),
-        (lambda x, handle: (x, handle, None, None), "argument"),
+        (lambda x, handle: (None, handle), "'NoneType' object has no attribute 'requires_grad'"),
     ],
-    ids=["dtype", "columns", "residual", "handle", "too few", "None", "too many"],
+    ids=["dtype", "columns", "residual", "handle", "None"],
 )
 def test_bad_arguments_are_refused_in_the_operators_words(args, reason):
     packed, _ = pack()
     args = args(torch.randn(2, 24), packed.prepared["p0"].handle)
-    for call in (direct.linear, packed_linear._op):
-        with pytest.raises((RuntimeError, TypeError), match=reason):
-            call(*args)
+    for call in (direct.linear, direct.through_operator):
+        with torch.no_grad(), pytest.raises((RuntimeError, AttributeError), match=reason):
+            linear(*args, call=call)
+
+
+def test_too_few_arguments():
+    with pytest.raises(TypeError, match="missing 3 required positional arguments"):
+        direct.linear(X, 0, None)
+
+
+@pytest.mark.parametrize("call", [direct.linear, direct.through_operator], ids=["direct", "operator"])
+def test_no_answer_where_it_would_be_wrong(call):
+    packed, _ = pack()
+    handle, x = packed.prepared["p0"].handle, torch.randn(2, 24)
+    wants = x.clone().requires_grad_()
+    residual = torch.randn(2, 40)
+
+    def answers(*args, **named):
+        return linear(*args, **named, call=call) is not None
+
+    values = torch.zeros(3)
+    assert answers(x, handle, None, values, 0)
+    values += 1
+    assert not answers(x, handle, None, values, 0) and answers(x, handle, None, values, 1)
+    assert not answers(wants, handle) and not answers(x, handle, trains=True) and not answers(x, handle, residual)
+    with torch.no_grad():
+        assert answers(wants, handle) and answers(x, handle, trains=True) and answers(x, handle, residual)
 
 
 def test_nothing_is_kept(operator):
@@ -152,9 +179,10 @@ def test_nothing_is_kept(operator):
     handle = packed.prepared["p0"].handle
     x, residual = torch.randn(2, 24), torch.randn(2, 40)
     counts = sys.getrefcount(x), sys.getrefcount(residual), sys.getrefcount(handle)
-    for _ in range(50):
-        y = direct.linear(x, handle, residual)
-        direct.linear(x.T.contiguous().T, handle)
+    with torch.no_grad():
+        for _ in range(50):
+            y = linear(x, handle, residual)
+            linear(x.T.contiguous().T, handle)
     assert (sys.getrefcount(x), sys.getrefcount(residual), sys.getrefcount(handle)) == counts
     assert sys.getrefcount(y) == 2
     assert operator.calls == 50
@@ -180,7 +208,7 @@ def test_a_long_product_lets_other_threads_run():
         try:
             thread.start()
             before = counted[0]
-            direct.linear(x, handle)
+            linear(x, handle)
             after = counted[0]
         finally:
             stop.set()
@@ -192,13 +220,13 @@ def test_a_long_product_lets_other_threads_run():
 def test_kernels_of_another_build_are_refused():
     other = ctypes.c_uint64(0)
     with pytest.raises(ImportError, match="reinstall the package"):
-        direct.linear.__self__.bind(ctypes.addressof(other), packed_linear._op)
+        direct.linear.__self__.bind(ctypes.addressof(other), direct.through_operator)
 
 
 def test_without_it_the_operator_is_called_and_the_reason_said(monkeypatch, tmp_path):
     monkeypatch.setattr(direct, "PATH", tmp_path / "libsparse_pathways_direct-9.9.so")
-    call, missing = direct._load(packed_linear._op)
-    assert call is packed_linear._op and missing.startswith(f"not built for torch {torch.__version__}")
+    call, missing = direct._load()
+    assert call is direct.through_operator and missing.startswith(f"not built for torch {torch.__version__}")
     direct.PATH.write_bytes(b"no library")
-    call, missing = direct._load(packed_linear._op)
-    assert call is packed_linear._op and "does not load" in missing
+    call, missing = direct._load()
+    assert call is direct.through_operator and "does not load" in missing
