@@ -3,9 +3,10 @@
 //
 // Layout pairs_bf16-inl.h
 // Maths  vdpbf16ps: products exact, sums float, denormal operands and results taken as zero. M = 1: float multiply-adds
-// Cost   a Zen 5 (two dot products and two vector loads a cycle) takes per pair, beside 12 cycles a slice or more:
-//        M = 1 1.5 cycles, bound by loads; M = 2 1.6, M = 4 1.8; M = 5 2.5, M = 8 3.1, bound by permutes; up to 16 rows
-//        4.1, up to 32 8.2, which are the dot products. Packing x, 0.1 cycles per element, comes once per panel
+// Cost   a Zen 5 (4.2 GHz; two dot products and two vector loads a cycle) takes per pair: M = 1 1.9 cycles, M = 2 2.0,
+//        M = 4 2.2, bound by loads; M = 8 3.4; up to 16 rows 4.8, up to 32 8.7, of which 4 and 8 are dot products. Per
+//        slice, for sums and y: 15 cycles at M = 1, 36 at M = 8, 80 at M = 32, as much as 8 to 12 pairs. Packing x
+//        comes once per panel
 #pragma once
 
 #include "core/interleave-inl.h"
@@ -89,7 +90,8 @@ void pack_panel_of(const Bf16* x, int64_t stride, int64_t rows, int64_t length, 
 
 // --- M in 2..8 -------------------------------------------------------------------------------------------------------
 // kWidth rows, 4 or 8, of a panel [K][kWidth], one pair at a time. With 4 rows, a vector of sums has two rows of eight
-// outputs; with 8, four rows, in its 128-bit parts, of four outputs. One permute makes the inputs of such rows.
+// outputs; with 8, four rows, in its 128-bit parts, of four outputs. With 4 rows, a permute makes the inputs of a part;
+// with 8, one puts a row of each part beside the other, and shuffles, which are cheaper, spread them.
 template <int kWidth>
 struct SquareSums {
   static constexpr int kParts = 2, kHalves = kWidth / 4;  // of the rows, of the outputs
@@ -102,8 +104,8 @@ struct SquareSums {
           words([&](int lane, int half) { return 8 * half + (kWidth == 8 ? 4 * h + lane % 4 : lane % 8); });
     }
     for (int p = 0; p < kParts; ++p) {
-      expand[p] =
-          words([&](int lane, int half) { return 32 * half + (kWidth == 8 ? 4 * p + lane / 4 : 2 * p + lane / 8); });
+      expand[p] = words(
+          [&](int lane, int half) { return 32 * half + (kWidth == 8 ? lane / 4 + lane % 2 * 4 : 2 * p + lane / 8); });
     }
   }
 
@@ -181,8 +183,15 @@ struct SquareSums {
   }
 
   SP_INLINE void add_pair(__m512i first, __m512i second, const __m512i* w, __m512 (*sum)[kHalves]) const {
+    __m512i both = first;
+    if constexpr (kWidth == 8) both = _mm512_permutex2var_epi16(first, expand[0], second);
     SP_UNROLL for (int p = 0; p < kParts; ++p) {
-      const __m512i x = _mm512_permutex2var_epi16(first, expand[p], second);
+      __m512i x;
+      if constexpr (kWidth == 8) {
+        x = _mm512_shuffle_epi32(both, static_cast<_MM_PERM_ENUM>(p * 0x55));
+      } else {
+        x = _mm512_permutex2var_epi16(first, expand[p], second);
+      }
       SP_UNROLL for (int h = 0; h < kHalves; ++h) sum[p][h] = dot(sum[p][h], x, w[h]);
     }
   }
@@ -271,8 +280,9 @@ struct PanelSums {
   static constexpr int kWidth = kZ == 2 ? 16 : 32;
   static constexpr int kSets = kZ <= 3 ? 2 : 1;  // chains of additions: the latency of the dot product
 
-  const __m512i low = words([](int lane, int half) { return 32 * half + lane / 2; });  // kWidth 16
-  const __m512i high = words([](int lane, int half) { return 32 * half + 8 + lane / 2; });
+  // kWidth 16: pairs of rows 0, 1, 8, 9 in the first 128 bits, and so on
+  const __m512i paired =
+      words([](int lane, int half) { return 32 * half + lane / 4 * 2 + lane % 2 + lane % 4 / 2 * 8; });
 
   // x[z]: pairs of rows 8 * z .., each twice.
   SP_INLINE void inputs(const Bf16* panel, const Columns& k, __m512i* x) const {
@@ -280,8 +290,9 @@ struct PanelSums {
     if constexpr (kZ == 2) {
       const __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
       const __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
-      x[0] = _mm512_permutex2var_epi16(a, low, b);
-      x[1] = _mm512_permutex2var_epi16(a, high, b);
+      const __m512i both = _mm512_permutex2var_epi16(a, paired, b);
+      x[0] = _mm512_unpacklo_epi32(both, both);
+      x[1] = _mm512_unpackhi_epi32(both, both);
     } else {
       const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
       const __m512i l = _mm512_unpacklo_epi16(a, b), h = _mm512_unpackhi_epi16(a, b);
