@@ -14,16 +14,16 @@ struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 
-struct Prepared {
+struct alignas(64) Prepared {
   uint64_t alive;  // kAlive until released: a stale handle is refused instead of followed, as far as that can be seen
   ScalarType type;
   // Read at the first call for all: to ask six tensors for their memory at each call touches two dozen cache lines. The
   // bias is asked each time, since `bias.data = ...` is a habit; PackedWeight's own tensors are not reassigned.
   ProductArgs args;
-  LinearOperands operands;
+  int64_t bytes;         // that a product reads of the weight
   const Prepared* base;  // a product that is added before bias and activation, or null; kept alive by Python
+  LinearOperands operands;
   std::unique_ptr<void, Free> arranged;  // what args.arranged points to
-  int64_t bytes;                         // that a product reads of the weight
 };
 
 // Whether the weights of all handles together are more than the last cache holds: those of a model that is used layer

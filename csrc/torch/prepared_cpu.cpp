@@ -43,7 +43,7 @@ int64_t prepare_linear_cpu(const Tensor& values, const Tensor& crow, const Tenso
   const Prepared* added = base == 0 ? nullptr : find_prepared(base);
   STD_TORCH_CHECK(added == nullptr || (added->args.out == n && added->args.in == k), "base is of another shape");
   const ScalarType type = values.scalar_type();
-  auto prepared = std::make_unique<Prepared>(Prepared{kAlive, type, weight_args(operands, k), operands, added, {}, 0});
+  auto prepared = std::make_unique<Prepared>(Prepared{kAlive, type, weight_args(operands, k), 0, added, operands, {}});
   arrange(*prepared);
   held_bytes += prepared->bytes;
   return reinterpret_cast<int64_t>(prepared.release());
@@ -83,6 +83,7 @@ DirectWeight direct_weight(int64_t handle) {
 
 void direct_linear(int64_t handle, const void* x, int64_t m, const void* residual, void* y) {
   const Prepared& weight = *find_prepared(handle);
+  for (int64_t at = 0; at < 1024; at += 64) __builtin_prefetch(static_cast<const char*>(weight.args.arranged) + at);
   if (weight.base != nullptr) direct_linear(reinterpret_cast<int64_t>(weight.base), x, m, nullptr, y);
   multiply(args_now(weight), weight.type, weight.operands.bias,
            {x, residual, weight.base == nullptr ? nullptr : y, m, y});
