@@ -12,7 +12,8 @@ import sparse_pathways as sp
 from experiments.stages import LANGUAGES, Cell, Study, check_cells
 from sparse_pathways.asr.config import CorpusConfig
 
-FIRST = ("dynamic-inside", "dynamic-distil", "dynamic-long")  # of the options
+FIRST = ("dynamic-long", "lap-long", "dynamic-inside", "dynamic-distil")  # of the options
+ALL_SEEDS = ("long", "lap-long")  # of the options: as many steps as LSP masks and what follows them
 
 Phases = tuple[sp.Phase, ...]
 m = sp.methods
@@ -197,11 +198,15 @@ class Comparisons:
                 {"distil": 1.0},
             ),
         }
-        for seed in self.seeds[:2]:
+        for seed in self.seeds:
             for name, (row, plan, steps, settings) in {**plans, **lap_plans}.items():
+                if seed not in self.seeds[:2] and name not in ALL_SEEDS:
+                    continue
                 phases = self.single(plan, steps)
                 name = name if name.startswith("lap") else f"dynamic-{name}"
                 yield Cell(row=row, name=name, phases=phases, sparsity=s, seed=seed, settings=settings)
+            if seed not in self.seeds[:2]:
+                continue
             final = m.joint(self.single(self.wg()), m.asr_pathways(LANGUAGES, s), self.joint, name="refit")
             fixed = m.joint(self.lsp(s), m.asr_pathways(LANGUAGES, s), self.joint)
             sources = {
@@ -235,10 +240,10 @@ class Comparisons:
                 *self.cells_of([self.dynamic_magnitude_row(0.9), self.dynamic_lap_row(0.7, 0.9)], 0.9),
                 *self.main_cells(0.7),
                 *self.controls(),
-                *self.option_cells(),
-                *self.table_b(),
-                *self.table_a(),
                 *self.sweep(),
+                *self.table_b(),
+                *self.option_cells(),
+                *self.table_a(),
                 *self.pattern_cells(),
             ]
         )
