@@ -66,8 +66,8 @@ def _main(s: float) -> Table:
         ]
     return Table(
         f"Table B: multilingual, {s:.0%} pruned",
-        "Every row trains the same number of joint steps on the same batches, from the same dense model of its seed, but "
-        "where it says twice; what it spends before that is in the column steps.",
+        "Every row trains the same number of joint steps on the same batches, from the same dense model of its seed, "
+        "except where it says twice; what it spends before that is in the column steps.",
         (*rows, ours),
         lap,
         tuple(claims),
