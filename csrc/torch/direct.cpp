@@ -38,21 +38,37 @@ bool is_watched() {
          at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value();
 }
 
-// (x, handle, residual, values, version, trains). Null if the operator must serve.
+// The tensor of an argument that may be None, which gives null; false for anything else.
+bool unpack_optional(PyObject* arg, const at::Tensor** tensor) {
+  if (arg == Py_None) return true;
+  if (!THPVariable_CheckExact(arg)) return false;
+  *tensor = &THPVariable_Unpack(arg);
+  return true;
+}
+
+// Whether a derivative of any kind is wanted.
+bool is_differentiated(const at::Tensor& tensor) {
+  return (c10::GradMode::is_enabled() && tensor.requires_grad()) || tensor._fw_grad(0).defined();
+}
+
+// (x, handle, residual, values, bias, version, pointer). Null if the operator must serve.
 PyObject* try_linear(PyObject* const* args, Py_ssize_t count) {
-  if (count != 6 || !THPVariable_CheckExact(args[0]) || !PyLong_CheckExact(args[1])) return nullptr;
-  const bool has_residual = args[2] != Py_None;
-  if ((has_residual && !THPVariable_CheckExact(args[2])) || !THPVariable_CheckExact(args[3])) return nullptr;
+  if (count != 7 || !THPVariable_CheckExact(args[0]) || !PyLong_CheckExact(args[1])) return nullptr;
+  if (!PyLong_CheckExact(args[6]) || (args[5] != Py_None && !PyLong_CheckExact(args[5]))) return nullptr;
+  const at::Tensor *added = nullptr, *bias = nullptr;
+  if (!unpack_optional(args[2], &added) || !unpack_optional(args[4], &bias)) return nullptr;
+  if (!THPVariable_CheckExact(args[3])) return nullptr;
   const int64_t handle = PyLong_AsLongLong(args[1]);
+  if (handle == -1) return nullptr;  // also what does not fit
   // A handle is the address of what the kernels read first; among many weights it is in no cache.
   for (int64_t at = 0; at < 384; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(handle) + at);
   const at::Tensor& x = THPVariable_Unpack(args[0]);
   if (!is_plain(x) || is_watched()) return nullptr;
-  if (args[4] != Py_None) {
-    const auto& version = THPVariable_Unpack(args[3]).unsafeGetTensorImpl()->version_counter();
-    if (PyLong_AsUnsignedLong(args[4]) != version.current_version()) Py_RETURN_NONE;
-  }
-  if (c10::GradMode::is_enabled() && (args[5] == Py_True || x.requires_grad() || has_residual)) Py_RETURN_NONE;
+  const at::Tensor& values = THPVariable_Unpack(args[3]);
+  const bool is_changed = args[5] != Py_None && PyLong_AsUnsignedLongLong(args[5]) != values._version();
+  const bool is_moved = PyLong_AsVoidPtr(args[6]) != values.const_data_ptr();
+  if (is_changed || is_moved || is_differentiated(x) || is_differentiated(values)) Py_RETURN_NONE;
+  if ((bias != nullptr && is_differentiated(*bias)) || (added != nullptr && is_differentiated(*added))) Py_RETURN_NONE;
   const sp::DirectWeight weight = calls->weight(handle);
   const int64_t dim = x.dim();
   if (dim == 0 || x.size(-1) != weight.in || static_cast<int>(x.scalar_type()) != weight.x_type || !x.is_contiguous()) {
@@ -63,13 +79,12 @@ PyObject* try_linear(PyObject* const* args, Py_ssize_t count) {
   int64_t m = 1;
   for (int64_t i = 0; i + 1 < dim; ++i) m *= shape[i];
   const void* residual = nullptr;
-  if (has_residual) {
-    const at::Tensor& added = THPVariable_Unpack(args[2]);
-    if (!is_plain(added) || added.scalar_type() != x.scalar_type() || added.numel() != m * weight.out ||
-        !added.is_contiguous()) {
+  if (added != nullptr) {
+    if (!is_plain(*added) || added->scalar_type() != x.scalar_type() || added->sizes() != c10::IntArrayRef(shape) ||
+        !added->is_contiguous()) {
       return nullptr;
     }
-    residual = added.const_data_ptr();
+    residual = added->const_data_ptr();
   }
   at::Tensor y = at::detail::empty_cpu(shape, x.scalar_type());
   if (static_cast<double>(weight.bytes) * static_cast<double>(m) < kShort) {
@@ -106,7 +121,7 @@ PyObject* bind(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"bind", bind, METH_VARARGS, "bind(address of the kernels' DirectCalls, function to call instead)"},
     {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL,
-     "linear(x, handle, residual, values, version, trains): see ops/direct.py"},
+     "linear(x, handle, residual, values, bias, version, pointer): see ops/direct.py"},
     {}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_direct", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -75,6 +75,15 @@ inline void check_operands(const LinearOperands& w) {
   STD_TORCH_CHECK(w.activation >= 0 && w.activation <= static_cast<int64_t>(Activation::kTanh), "unknown activation");
 }
 
+// Memory of a bias whose owner may have given it other memory since it was checked.
+inline const void* bias_data(const std::optional<Tensor>& bias, int64_t n, ScalarType values) {
+  if (!bias.has_value()) return nullptr;
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->numel() == n && bias->is_contiguous() && bias->is_cpu() &&
+                      bias->scalar_type() == x_type(values),
+                  "bias must be [", n, "], contiguous, of x's dtype, on the CPU");
+  return bias->const_data_ptr();
+}
+
 inline const void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
@@ -110,7 +119,7 @@ inline void multiply(ProductArgs args, ScalarType type, const std::optional<Tens
   STD_TORCH_CHECK(kernel != nullptr, "the CPU kernels '", kernels().name, "' have none for this dtype");
   args.x = rows.x;
   args.m = rows.m;
-  args.bias = data_or_null(bias);
+  args.bias = bias_data(bias, args.out, type);
   args.residual = rows.residual;
   args.initial = rows.initial;
   args.y = rows.y;
@@ -130,9 +139,10 @@ inline Tensor run_linear(const Tensor& x, const ProductArgs& args, ScalarType ty
   for (int64_t i = 0; i + 1 < dim; ++i) m *= shape[i] = x.size(i);
   shape[dim - 1] = args.out;
   if (residual.has_value()) {
-    STD_TORCH_CHECK(residual->is_contiguous() && residual->numel() == m * args.out &&
-                        residual->scalar_type() == x.scalar_type() && residual->is_cpu(),
-                    "residual must be contiguous, of x's dtype and y's shape");
+    bool fits = residual->dim() == dim && residual->is_contiguous() && residual->is_cpu() &&
+                residual->scalar_type() == x.scalar_type();
+    for (int64_t i = 0; fits && i < dim; ++i) fits = residual->size(i) == shape[i];
+    STD_TORCH_CHECK(fits, "residual must be contiguous, of x's dtype and y's shape");
   }
   Tensor y = initial.has_value() ? *initial : empty_cpu(shape, dim, x.scalar_type());
   multiply(args, type, bias,

@@ -115,10 +115,9 @@ Result bcsr_lstm_cpu(const Tensor& x, const Tensor& h, const Tensor& c, const Te
 
 LstmWeight prepared_weight(const Prepared& last) {
   LstmWeight weight{};
-  if (last.base != nullptr) weight.parts[weight.count++] = last.base->args;
-  weight.parts[weight.count++] = last.args;
-  weight.parts[weight.count - 1].bias = data_or_null(last.operands.bias);
-  for (ProductArgs& part : weight.parts) part.cold = beyond_caches();
+  if (last.base != nullptr) weight.parts[weight.count++] = args_now(*last.base);
+  weight.parts[weight.count++] = args_now(last);
+  weight.parts[weight.count - 1].bias = bias_data(last.operands.bias, last.args.out, last.type);
   return weight;
 }
 

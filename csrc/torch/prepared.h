@@ -17,8 +17,9 @@ struct Free {
 struct alignas(64) Prepared {
   uint64_t alive;  // kAlive until released: a stale handle is refused instead of followed, as far as that can be seen
   ScalarType type;
-  // Read at the first call for all: to ask six tensors for their memory at each call touches two dozen cache lines. The
-  // bias is asked each time, since `bias.data = ...` is a habit; PackedWeight's own tensors are not reassigned.
+  // Read at the first call for all: to ask six tensors for their memory at each call touches two dozen cache lines.
+  // Python looks whether the values are where they were (share_memory_ moves all tensors of a weight); bias and scale
+  // are asked each time.
   ProductArgs args;
   int64_t bytes;         // that a product reads of the weight
   const Prepared* base;  // a product that is added before bias and activation, or null; kept alive by Python
@@ -29,6 +30,14 @@ struct alignas(64) Prepared {
 // Whether the weights of all handles together are more than the last cache holds: those of a model that is used layer
 // after layer come from memory then, each time.
 bool beyond_caches();
+
+// The arguments as they are for a call now; but for the bias.
+inline ProductArgs args_now(const Prepared& weight) {
+  ProductArgs args = weight.args;
+  args.scale = static_cast<const float*>(data_or_null(weight.operands.scale));
+  args.cold = beyond_caches();
+  return args;
+}
 
 inline Prepared* find_prepared(int64_t handle) {
   Prepared* prepared = reinterpret_cast<Prepared*>(handle);

@@ -22,6 +22,9 @@ int64_t last_cache() {
   return kib > 0 ? kib << 10 : int64_t{32} << 20;
 }
 
+// Not inside a function: a process that is forked while a thread is in its first call would wait for ever for it.
+const int64_t room = last_cache();
+
 // Without memory for a copy the product reads the tensors, as without a handle.
 void arrange(Prepared& prepared) {
   const Arrange arrange = arrange_for(prepared.type);
@@ -54,12 +57,6 @@ void release_linear_op(int64_t handle) {
   held_bytes -= prepared->bytes;
   prepared->alive = 0;
   delete prepared;
-}
-
-ProductArgs args_now(const Prepared& weight) {
-  ProductArgs args = weight.args;
-  args.cold = beyond_caches();
-  return args;
 }
 
 Tensor product(const Tensor& x, const Prepared& weight, const std::optional<Tensor>& residual) {
@@ -95,10 +92,7 @@ int64_t direct_calls_op() { return reinterpret_cast<int64_t>(&kDirectCalls); }
 
 }  // namespace
 
-bool beyond_caches() {
-  static const int64_t room = last_cache();
-  return held_bytes.load(std::memory_order_relaxed) > room;
-}
+bool beyond_caches() { return held_bytes.load(std::memory_order_relaxed) > room; }
 
 }  // namespace sp
 

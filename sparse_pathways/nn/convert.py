@@ -287,9 +287,17 @@ def explain(layer: Layer | PackedLSTM | PackedLayerNormLSTM | PackedWeight, rows
     Args:
         layer: SparseLinear, PackedLinear, a packed LSTM or PackedWeight.
         rows: M, at least 0.
+
+    Raises:
+        TypeError: another kind of layer. ValueError: rows is negative or no number.
     """
-    if rows < 0:
-        raise ValueError(f"rows = {rows}; want at least 0")
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:
+        raise ValueError(f"rows = {rows!r}; want a number, at least 0")
+    if not isinstance(layer, SparseLinear | PackedLinear | PackedLSTM | PackedLayerNormLSTM | PackedWeight):
+        raise TypeError(
+            f"layer is a {type(layer).__name__}; want a SparseLinear, PackedLinear, packed LSTM or PackedWeight "
+            "(sp.sparse_layers(model) has those of a model)"
+        )
     if isinstance(layer, PackedLSTM | PackedLayerNormLSTM):
         return layer.explain(rows)
     if isinstance(layer, SparseLinear):

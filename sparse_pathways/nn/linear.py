@@ -262,8 +262,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in_features]` -> `[..., out_features]` through the active pathway."""
-        # _buffers: past nn.Module's __getattr__, which would cost a tenth of a small product.
-        return sparse_linear(x, self.packed, self._buffers["bias"], pathway=self.active)
+        # _buffers: past nn.Module's __getattr__, a tenth of a small product. A Parameter put in its place is not there.
+        bias = self._buffers["bias"] if "bias" in self._buffers else self.bias
+        return sparse_linear(x, self.packed, bias, pathway=self.active)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         self.packed = self.packed._apply(fn)
@@ -291,7 +292,12 @@ class PackedLinear(nn.Module):
             masks = unpack_bits(own["block_mask"], blocks * columns).view(len(self.pathways), blocks, columns)
             named = dict(zip(self.pathways, masks, strict=True))
             packed = PackedWeight(
-                self.packed.shape, self.packed.block, own["values"], own["scale"], named, self.packed.quantise_x
+                self.packed.shape,
+                self.packed.block,
+                own["values"].clone(),
+                None if own["scale"] is None else own["scale"].clone(),
+                named,
+                self.packed.quantise_x,
             )
         except (RuntimeError, ValueError) as error:
             errors.append(f"{prefix}: {error}")

@@ -69,8 +69,7 @@ def force(name: str | None) -> None:
         BackendUnavailable: unknown name, or one that this machine cannot run on the CPU.
     """
     global _forced, _isa, _initialised, epoch
-    if name is not None and name not in NAMES:
-        raise BackendUnavailable(f"backend = {name!r} is not known; choose one of {', '.join(NAMES)}")
+    _check_name("backend", name)
     if library.MISSING is None:
         if name in ISAS and (reason := _why_not(name, "cpu", torch.float32, (8, 1))):
             raise BackendUnavailable(f"backend = {name!r}: {reason}")
@@ -94,7 +93,14 @@ def forced_name() -> str | None:
 def initialise() -> None:
     """Take the environment variable into account; called before the first product."""
     if not _initialised:
-        force(os.environ.get(VARIABLE) or None)
+        name = os.environ.get(VARIABLE) or None
+        _check_name(VARIABLE, name)
+        force(name)
+
+
+def _check_name(source: str, name: str | None) -> None:
+    if name is not None and name not in NAMES:
+        raise BackendUnavailable(f"{source} = {name!r} is not known; choose one of {', '.join(NAMES)}")
 
 
 @contextmanager

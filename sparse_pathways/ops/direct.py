@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_pathways.ops import library
-from sparse_pathways.ops.prepared import packed_linear
+from sparse_pathways.ops.prepared import is_plain_call, packed_linear
 
 _ABI = f"{torch.__version__}-{sysconfig.get_config_var('SOABI')}"
 PATH = library.PATH.with_name(f"libsparse_pathways_direct-{_ABI}.so")
@@ -25,13 +25,19 @@ _operator = packed_linear._op
 
 
 def through_operator(
-    x: Tensor, handle: int, residual: Tensor | None, values: Tensor, version: int | None, trains: bool
+    x: Tensor,
+    handle: int,
+    residual: Tensor | None,
+    values: Tensor,
+    bias: Tensor | None,
+    version: int | None,
+    pointer: int,
 ) -> Tensor | None:
     """`packed_linear(x, handle, residual)` while its answer is right: `values` is still of `version` (None: not
-    counted), and no gradient is wanted, of x, the residual or (`trains`) the weight. Else None."""
-    if version is not None and version != values._version:
+    counted) and at `pointer`, no derivative is wanted, and nobody but the kernel has a say. Else None."""
+    if not is_plain_call() or (version is not None and version != values._version) or pointer != values.data_ptr():
         return None
-    if (trains or x.requires_grad or residual is not None) and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias, residual)):
         return None
     return _operator(x, handle, residual)
 
@@ -43,7 +49,8 @@ def _load() -> tuple[Any, str | None]:
     if not PATH.exists():
         return (
             through_operator,
-            f"not built for torch {torch.__version__} and this Python: reinstall sparse-pathways beside them",
+            f"not built for torch {torch.__version__} and this Python; to build them, install Python's headers "
+            "(Python.h) and sparse-pathways again, with pip install --no-build-isolation",
         )
     name = "sparse_pathways._direct"
     loader = ExtensionFileLoader(name, str(PATH))
@@ -53,7 +60,7 @@ def _load() -> tuple[Any, str | None]:
         module = module_from_spec(spec)
         loader.exec_module(module)
         module.bind(torch.ops.sparse_pathways.direct_calls(), through_operator)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: kernels of an older build
         return through_operator, f"{PATH.name} does not load: {error}"
     return module.linear, None
 

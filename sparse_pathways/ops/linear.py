@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_pathways.checks import refuse_second_derivative, unknown_pathway
 from sparse_pathways.layout.packed import BlockIndex, PackedWeight
 from sparse_pathways.ops import backends, cuda, direct, pathways, strips
-from sparse_pathways.ops.prepared import prepare
+from sparse_pathways.ops.prepared import is_forward_mode, is_plain_call, prepare
 from sparse_pathways.ops.reference import (
     ACTIVATION_NAMES,
     ACTIVATIONS,
@@ -178,7 +178,7 @@ def _product(
     name = backends.select(packed.device.type, values.dtype, packed.block)
     if name == "cuda" and not differentiable and not torch.compiler.is_compiling():
         return strips.linear(x, packed, index, bias, residual, activation)
-    if name == "reference" or (differentiable and scale is not None):
+    if name == "reference" or (differentiable and scale is not None) or is_forward_mode():
         return reference_linear(x, values, *index, bias, n, scale, residual, activation, quantise_x)
     if torch.compiler.is_compiling() or differentiable:
         y = ACTIVATIONS[activation](_bcsr_linear(x, values, *index, bias, n, scale, None, 0, quantise_x))
@@ -202,11 +202,6 @@ def _mixed(x: Tensor, packed: PackedWeight, rows: Tensor, bias: Tensor | None) -
         if mine.numel():
             y = y.index_copy(0, mine, _product(x[mine], packed, packed.indices[number], bias))
     return y
-
-
-def _plain(y: Tensor) -> bool:
-    """An eager result: not a compiler's stand-in, from which no pointer could be taken."""
-    return type(y) is Tensor and not torch.compiler.is_compiling()
 
 
 def _check_rows(rows: Tensor, packed: PackedWeight, count: int) -> Tensor:
@@ -262,7 +257,7 @@ def sparse_linear(
         BackendUnavailable: a forced backend cannot serve this product.
     """
     try:
-        # Each of these tests is a hundredth of a small product; where a compiler is not dynamo, the operator refuses.
+        # Each of these tests is a hundredth of a small product; direct.linear makes the others.
         ready = packed.prepared.get(pathway)
         if (
             not _is_dynamo()
@@ -271,7 +266,7 @@ def sparse_linear(
             and ready.activation == activation
             and ready.epoch == backends.epoch
         ):
-            y = direct.linear(x, ready.handle, residual, packed.values, ready.version, ready.trains)
+            y = direct.linear(x, ready.handle, residual, packed.values, bias, ready.version, ready.pointer)
             if y is not None:
                 return y
     except (AttributeError, RuntimeError, TypeError):
@@ -317,6 +312,7 @@ def _checked(
         )
     flat = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
     added = None if residual is None else residual.reshape(-1, n).contiguous()
+    given = bias
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     number = ACTIVATION_NAMES.index(activation)
@@ -327,6 +323,20 @@ def _checked(
     else:
         index = packed.index(pathway)
         y = _product(flat, packed, index, bias, added, number)
-        if backends.select(packed.device.type, packed.dtype, packed.block) in backends.ISAS and _plain(y):
-            packed.prepared[pathway] = prepare(packed, pathway, bias, activation, number)
+        if (
+            backends.select(packed.device.type, packed.dtype, packed.block) in backends.ISAS
+            and type(y) is Tensor
+            and is_plain_call()
+            and bias is given
+            and not _wants_grad(x, packed.values, bias, residual)
+        ):
+            ready = packed.prepared.get(pathway)
+            if (
+                ready is None
+                or ready.values is not packed.values
+                or ready.is_stale()
+                or ready.bias is not bias
+                or ready.activation != activation
+            ):
+                packed.prepared[pathway] = prepare(packed, pathway, bias, activation, number)
     return y if x.dim() == 2 else y.view(shape)

@@ -19,7 +19,7 @@ from sparse_pathways.layout.packed import PackedWeight
 from sparse_pathways.ops import backends, strips
 from sparse_pathways.ops.linear import _wants_grad, autocast_dtype, sparse_linear
 from sparse_pathways.ops.prepared import Prepared as PreparedWeight
-from sparse_pathways.ops.prepared import eager_only, prepare
+from sparse_pathways.ops.prepared import eager_only, is_forward_mode, is_plain_call, prepare
 from sparse_pathways.ops.reference import reference_linear
 
 LSTM = "sparse_pathways::bcsr_lstm"
@@ -147,7 +147,7 @@ def _served(ih: Weight, hh: Weight) -> bool:
     """Whether the operators take these weights; `compose` takes all."""
     one_pathway = not isinstance(ih.pathway, Tensor) and not isinstance(hh.pathway, Tensor)
     same = ih.packed.dtype == hh.packed.dtype and ih.packed.quantise_x == hh.packed.quantise_x
-    return one_pathway and same and kernel_name(ih.packed, hh.packed) != "reference"
+    return one_pathway and same and not is_forward_mode() and kernel_name(ih.packed, hh.packed) != "reference"
 
 
 def _whole(x: Tensor, h: Tensor, c: Tensor, ih: Weight, hh: Weight, norm: Norm | None, reverse: bool):  # type: ignore[no-untyped-def]
@@ -164,7 +164,7 @@ def _prepared_weight(packed: PackedWeight, bias: Tensor | None, pathway: Any) ->
     """Kept with the packed weight, one per pathway, so that a switch of pathways prepares nothing again."""
     ready = packed.prepared.get(pathway)
     if ready is None or ready.bias is not bias or ready.activation is not None or ready.is_stale():
-        ready = prepare(packed, pathway, bias if bias is None else bias.contiguous(), None, 0)
+        ready = prepare(packed, pathway, bias, None, 0)
         packed.prepared[pathway] = ready
     return ready
 
@@ -198,7 +198,7 @@ class Prepared:
         arguments = self._arguments
         if (
             arguments is None
-            or torch.compiler.is_compiling()
+            or not is_plain_call()
             or torch.is_grad_enabled()
             or torch._C._is_any_autocast_enabled()
             or tuple(map(id, (*ih, *hh, *(norm or ())))) != self._ids
@@ -210,8 +210,10 @@ class Prepared:
     def keep(self, ih: Weight, hh: Weight, norm: Norm | None = None, reverse: bool = False) -> None:
         """Prepare for the next call, after one that was checked."""
         self._arguments = None
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _served(ih, hh):
+        if not is_plain_call() or torch.is_grad_enabled() or not _served(ih, hh):
             return
+        if any(bias is not None and not bias.is_contiguous() for bias in (ih.bias, hh.bias)):
+            return  # a copy of it would not follow its changes
         self._parts = (*ih, *hh, *(norm or ()))
         self._ids = tuple(map(id, self._parts))  # an id is good only while its object lives
         self._weights = tuple(_prepared_weight(*weight) for weight in (ih, hh))

@@ -30,7 +30,7 @@ _LIBRARY = torch.library.Library("sparse_pathways", "IMPL")
 
 
 def _refuse(*_: object) -> Tensor:
-    raise RuntimeError("operators on handles are for eager calls outside autocast")
+    raise RuntimeError("operators on handles are for eager calls outside autocast, traces and compilers")
 
 
 def eager_only(name: str) -> None:
@@ -41,10 +41,31 @@ def eager_only(name: str) -> None:
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "ADInplaceOrView")
     _LIBRARY.impl(name, _refuse, "AutocastCPU")
+    _LIBRARY.impl(name, _refuse, "Tracer")
     torch.library.register_fake(f"sparse_pathways::{name}")(_refuse)
 
 
 eager_only("packed_linear")
+for _name in ("prepare_linear", "release_linear", "direct_calls", "isa", "max_isa", "set_isa"):
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Tracer")  # what they say is no part of a model
+
+
+def is_plain_call() -> bool:
+    """Whether nobody but a kernel has a say in what is called now: no compiler, no trace (which would keep a handle
+    beyond its weight), no mode, no transform, no forward derivative."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+        or is_forward_mode()
+    )
+
+
+def is_forward_mode() -> bool:
+    """Whether forward derivatives are being computed, of which operators without a formula would lose theirs."""
+    return torch.autograd.forward_ad._current_level >= 0
+
 
 packed_linear = torch.ops.sparse_pathways.packed_linear.default
 
@@ -57,7 +78,7 @@ def version_of(values: Tensor) -> int | None:
 class Prepared:
     """Owner of one handle, with what tells whether the next call may use it."""
 
-    __slots__ = ("activation", "base", "bias", "epoch", "handle", "trains", "values", "version")
+    __slots__ = ("activation", "base", "bias", "epoch", "handle", "pointer", "values", "version")
 
     def __init__(
         self,
@@ -70,15 +91,15 @@ class Prepared:
         base: Prepared | None = None,
     ) -> None:
         self.bias, self.activation, self.epoch, self.handle, self.base = bias, activation, backends.epoch, 0, base
-        self.values, self.version = packed.values, version_of(packed.values)
-        self.trains = packed.values.requires_grad or (bias is not None and bias.requires_grad)
+        self.values, self.version, self.pointer = packed.values, version_of(packed.values), packed.values.data_ptr()
         self.handle = torch.ops.sparse_pathways.prepare_linear.default(
             values, *index, bias, *packed.shape, packed.scale, number, packed.quantise_x, base.handle if base else 0
         )
 
     def is_stale(self) -> bool:
-        """Whether the values or the forced backend have changed."""
-        return self.epoch != backends.epoch or (self.version is not None and self.version != self.values._version)
+        """Whether the values have changed or moved, or the forced backend is another."""
+        changed = self.version is not None and self.version != self.values._version
+        return changed or self.pointer != self.values.data_ptr() or self.epoch != backends.epoch
 
     def __del__(self, release=torch.ops.sparse_pathways.release_linear.default, finalizing=sys.is_finalizing) -> None:  # type: ignore[no-untyped-def]
         # Bound as defaults: when the interpreter ends, the modules may be gone before the last weight.
@@ -104,7 +125,7 @@ def prepare(
     if packed.dtype == torch.bfloat16 or not shared.any() or torch.equal(shared, mask):
         return Prepared(packed, *packed.part(mask), bias, activation, number)
     base = packed.prepared.get(_SHARED)
-    if base is None or base.epoch != backends.epoch or base.version != version_of(packed.values):
+    if base is None or base.values is not packed.values or base.is_stale():
         base = packed.prepared[_SHARED] = Prepared(packed, *packed.part(shared))
     return Prepared(packed, *packed.part(mask & ~shared), bias, activation, number, base)
 

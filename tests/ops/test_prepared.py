@@ -3,12 +3,15 @@
 import copy
 import gc
 import pickle
+import subprocess
+import sys
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
 
 import sparse_pathways as sp
-from sparse_pathways.ops import backends, library
+from sparse_pathways.ops import backends, library, linear
 
 pytestmark = pytest.mark.skipif(library.MISSING is not None, reason="the compiled CPU kernels are missing")
 
@@ -201,3 +204,158 @@ def test_a_pathway_does_not_read_the_blocks_of_another():
         for _ in range(2):
             assert sp.sparse_linear(torch.randn(3, 24), packed, pathway="a").isfinite().all()
             assert sp.sparse_linear(torch.randn(3, 24), packed, pathway="b").isnan().any()
+
+
+# --- what others do to a weight between two calls ------------------------------------------------------------------
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.int8], ids=str)
+def warm(request):
+    """A module after its first calls, an input, and a function for what it should give."""
+    torch.manual_seed(0)
+    packed = sp.PackedWeight.pack(torch.randn(64, 48), torch.rand(8, 48) < 0.5, dtype=request.param)
+    module, x = sp.PackedLinear(packed, torch.randn(64)), torch.randn(3, 48).to(packed.x_dtype)
+    with torch.no_grad():
+        module(x), module(x)
+
+    def expected():
+        return torch.nn.functional.linear(x, module.packed.unpack().to(x.dtype), module.bias)
+
+    tolerance = dict(rtol=0.05, atol=0.3) if request.param is not torch.float32 else {}
+    return module, x, lambda y: torch.testing.assert_close(y, expected(), **tolerance)
+
+
+def moved_to_shared_memory(module):
+    ForkingPickler.dumps(module)
+
+
+def moved_by_data(module):
+    module.packed.values.data = module.packed.values.data.clone()
+
+
+def other_values(module):
+    module.packed.values = module.packed.values.clone().mul_(2)
+
+
+def other_scale(module):
+    if module.packed.scale is not None:
+        module.packed.scale.data = module.packed.scale.data * 3
+
+
+def other_bias(module):
+    module.bias.data = torch.randn_like(module.bias)
+
+
+def parameter_for_bias(module):
+    module.bias = torch.nn.Parameter(torch.randn_like(module.bias))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [moved_to_shared_memory, moved_by_data, other_values, other_scale, other_bias, parameter_for_bias],
+    ids=lambda change: change.__name__,
+)
+def test_memory_that_moves_is_followed(warm, change):
+    module, x, check = warm
+    change(module)
+    with torch.no_grad():
+        for _ in range(2):
+            check(module(x))
+
+
+def test_a_state_is_copied(warm):
+    module, x, _ = warm
+    other = copy.deepcopy(module)
+    module.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        before = module(x)
+        other.packed.values.zero_()
+        assert torch.equal(module(x), before)
+
+
+@pytest.mark.parametrize(
+    "bias", [torch.ones(3), torch.ones(40).double(), torch.arange(80.0)[::2], torch.ones(1).expand(40), torch.ones(0)]
+)
+def test_a_bias_that_became_another_is_looked_at(packed, bias):
+    x, own = torch.randn(2, 24), torch.zeros(40)
+    with torch.no_grad():
+        for _ in range(2):
+            sp.sparse_linear(x, packed, own, pathway="en")
+        own.data = bias
+        if bias.shape == (40,) and bias.dtype == torch.float32:
+            torch.testing.assert_close(sp.sparse_linear(x, packed, own, pathway="en"), dense(packed, "en", x, bias))
+        else:
+            with pytest.raises(ValueError, match="bias is torch"):
+                sp.sparse_linear(x, packed, own, pathway="en")
+
+
+@pytest.mark.parametrize("shape", [(40, 2), (80,), (4, 20)])
+def test_a_residual_of_another_shape_is_refused_also_later(packed, shape):
+    x = torch.randn(2, 24)
+    with torch.no_grad():
+        for _ in range(2):
+            sp.sparse_linear(x, packed, pathway="en", residual=torch.zeros(2, 40))
+        with pytest.raises(ValueError, match="residual is torch"):
+            sp.sparse_linear(x, packed, pathway="en", residual=torch.zeros(shape))
+
+
+def test_gradients_wanted_later_are_given(packed):
+    x, bias = torch.randn(2, 24), torch.zeros(40)
+    sp.sparse_linear(x, packed, bias, pathway="en"), sp.sparse_linear(x, packed, bias, pathway="en")
+    bias.requires_grad_()
+    sp.sparse_linear(x, packed, bias, pathway="en").sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full((40,), 2.0))
+    packed.values.requires_grad_()
+    assert sp.sparse_linear(x, packed, None, pathway="en").requires_grad
+
+
+def test_forward_derivatives_are_those_of_a_dense_product(packed):
+    x, tangent = torch.randn(2, 24), torch.randn(2, 24)
+    for _ in range(2):
+        _, got = torch.func.jvp(lambda t: sp.sparse_linear(t, packed, pathway="en"), (x,), (tangent,))
+        torch.testing.assert_close(got, dense(packed, "en", tangent))
+        with torch.no_grad():
+            sp.sparse_linear(x, packed, pathway="en")
+
+
+def test_vmap_over_the_bias(packed):
+    x, biases = torch.randn(3, 24), torch.randn(2, 40)
+    got = torch.func.vmap(lambda b: sp.sparse_linear(x, packed, b, pathway="en"))(biases)
+    torch.testing.assert_close(got, torch.stack([dense(packed, "en", x, b) for b in biases]))
+
+
+@pytest.mark.parametrize("case", ["gradient", "residual", "strided bias", "inference"])
+def test_a_weight_is_prepared_once_or_not_at_all(packed, monkeypatch, case):
+    made = []
+    real = linear.prepare
+    monkeypatch.setattr(linear, "prepare", lambda *args: made.append(args) or real(*args))
+    x, bias, residual = torch.randn(2, 24), torch.randn(40), None
+    if case == "gradient":
+        x.requires_grad_()
+    elif case == "residual":
+        residual = torch.randn(2, 40)
+    elif case == "strided bias":
+        bias = torch.randn(80)[::2]
+    for _ in range(5):
+        sp.sparse_linear(x, packed, bias, pathway="en", residual=residual)
+    assert len(made) == (0 if case in ("gradient", "strided bias") else 1)
+
+
+SAVED = """
+import sys, torch
+import sparse_pathways
+x = torch.load(sys.argv[2])
+torch.save(torch.jit.load(sys.argv[1])(x), sys.argv[3])
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Converting a tensor")
+@pytest.mark.parametrize("calls", [0, 2], ids=["cold", "warm"])
+def test_a_trace_serves_another_process(packed, tmp_path, calls):
+    module, x = sp.PackedLinear(packed, torch.randn(40)), torch.randn(2, 24)
+    with torch.no_grad():
+        for _ in range(calls):
+            module(x)
+        torch.jit.trace(module, x, check_trace=False).save(tmp_path / "model.pt")
+        torch.save(x, tmp_path / "x")
+        paths = [str(tmp_path / name) for name in ("model.pt", "x", "y")]
+        subprocess.run([sys.executable, "-c", SAVED, *paths], check=True, timeout=100)
+        torch.testing.assert_close(torch.load(tmp_path / "y"), module(x))
