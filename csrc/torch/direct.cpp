@@ -78,6 +78,13 @@ PyObject* try_linear(PyObject* const* args, Py_ssize_t count) {
   shape.back() = weight.out;
   int64_t m = 1;
   for (int64_t i = 0; i + 1 < dim; ++i) m *= shape[i];
+  // The bias that was prepared is this one (ops/linear.py), but its owner may have given it other memory.
+  if ((bias != nullptr) != weight.has_bias) return nullptr;
+  if (bias != nullptr && (!is_plain(*bias) || bias->dim() != 1 || bias->numel() != weight.out ||
+                          !bias->is_contiguous() || bias->scalar_type() != x.scalar_type())) {
+    return nullptr;
+  }
+  const void* bias_data = bias == nullptr ? nullptr : bias->const_data_ptr();
   const void* residual = nullptr;
   if (added != nullptr) {
     if (!is_plain(*added) || added->scalar_type() != x.scalar_type() || added->sizes() != c10::IntArrayRef(shape) ||
@@ -88,10 +95,10 @@ PyObject* try_linear(PyObject* const* args, Py_ssize_t count) {
   }
   at::Tensor y = at::detail::empty_cpu(shape, x.scalar_type());
   if (static_cast<double>(weight.bytes) * static_cast<double>(m) < kShort) {
-    calls->linear(handle, x.const_data_ptr(), m, residual, y.mutable_data_ptr());
+    calls->linear(handle, x.const_data_ptr(), m, bias_data, residual, y.mutable_data_ptr());
   } else {
     pybind11::gil_scoped_release no_gil;
-    calls->linear(handle, x.const_data_ptr(), m, residual, y.mutable_data_ptr());
+    calls->linear(handle, x.const_data_ptr(), m, bias_data, residual, y.mutable_data_ptr());
   }
   return THPVariable_Wrap(std::move(y));
 }

@@ -6,11 +6,12 @@
 
 namespace sp {
 
-constexpr uint64_t kDirectVersion = 1;  // of this header
+constexpr uint64_t kDirectVersion = 2;  // of this header
 
 struct DirectWeight {
   int64_t in, out;
   int x_type;     // a ScalarType
+  bool has_bias;  // [out] of x_type
   int64_t bytes;  // that a product reads
 };
 
@@ -18,8 +19,8 @@ struct DirectWeight {
 struct DirectCalls {
   uint64_t version;
   DirectWeight (*weight)(int64_t handle);
-  // y [m, out] from x [m, in], residual null or [m, out]; all contiguous, of x_type, on the CPU.
-  void (*linear)(int64_t handle, const void* x, int64_t m, const void* residual, void* y);
+  // y [m, out] from x [m, in], bias null or [out], residual null or [m, out]; all contiguous, of x_type, on the CPU.
+  void (*linear)(int64_t handle, const void* x, int64_t m, const void* bias, const void* residual, void* y);
 };
 
 }  // namespace sp

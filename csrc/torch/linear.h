@@ -110,16 +110,16 @@ inline ProductArgs weight_args(const LinearOperands& w, int64_t k) {
 // y [m, N] = activation(x @ W.T * scale + initial + bias) + residual for x [m, K] of the dtype that goes with values of
 // `type`; `args` from weight_args. `initial` may be y.
 struct Rows {
-  const void *x, *residual, *initial;
+  const void *x, *bias, *residual, *initial;
   int64_t m;
   void* y;
 };
-inline void multiply(ProductArgs args, ScalarType type, const std::optional<Tensor>& bias, const Rows& rows) {
+inline void multiply(ProductArgs args, ScalarType type, const Rows& rows) {
   const ProductKernel kernel = linear_kernel(type);
   STD_TORCH_CHECK(kernel != nullptr, "the CPU kernels '", kernels().name, "' have none for this dtype");
   args.x = rows.x;
   args.m = rows.m;
-  args.bias = bias_data(bias, args.out, type);
+  args.bias = rows.bias;
   args.residual = rows.residual;
   args.initial = rows.initial;
   args.y = rows.y;
@@ -145,8 +145,9 @@ inline Tensor run_linear(const Tensor& x, const ProductArgs& args, ScalarType ty
     STD_TORCH_CHECK(fits, "residual must be contiguous, of x's dtype and y's shape");
   }
   Tensor y = initial.has_value() ? *initial : empty_cpu(shape, dim, x.scalar_type());
-  multiply(args, type, bias,
-           {x.const_data_ptr(), data_or_null(residual), data_or_null(initial), m, y.mutable_data_ptr()});
+  multiply(args, type,
+           {x.const_data_ptr(), bias_data(bias, args.out, type), data_or_null(residual), data_or_null(initial), m,
+            y.mutable_data_ptr()});
   return y;
 }
 

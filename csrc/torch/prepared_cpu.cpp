@@ -75,15 +75,17 @@ Tensor packed_linear_cpu(const Tensor& x, int64_t handle, const std::optional<Te
 // ---------------------------------------------------------------------------------------------------
 DirectWeight direct_weight(int64_t handle) {
   const Prepared& weight = *find_prepared(handle);
-  return {weight.args.in, weight.args.out, static_cast<int>(x_type(weight.type)), weight.bytes};
+  return {weight.args.in, weight.args.out, static_cast<int>(x_type(weight.type)), weight.operands.bias.has_value(),
+          weight.bytes};
 }
 
-void direct_linear(int64_t handle, const void* x, int64_t m, const void* residual, void* y) {
+void direct_linear(int64_t handle, const void* x, int64_t m, const void* bias, const void* residual, void* y) {
   const Prepared& weight = *find_prepared(handle);
   for (int64_t at = 0; at < 1024; at += 64) __builtin_prefetch(static_cast<const char*>(weight.args.arranged) + at);
-  if (weight.base != nullptr) direct_linear(reinterpret_cast<int64_t>(weight.base), x, m, nullptr, y);
-  multiply(args_now(weight), weight.type, weight.operands.bias,
-           {x, residual, weight.base == nullptr ? nullptr : y, m, y});
+  if (weight.base != nullptr) {
+    direct_linear(reinterpret_cast<int64_t>(weight.base), x, m, nullptr, nullptr, y);
+  }
+  multiply(args_now(weight), weight.type, {x, bias, residual, weight.base == nullptr ? nullptr : y, m, y});
 }
 
 constexpr DirectCalls kDirectCalls{kDirectVersion, direct_weight, direct_linear};
