@@ -32,7 +32,7 @@ def speed_ups(rows: Rows) -> Figure:
     """One panel per dtype: speed-up over rows M, geometric mean of the shapes as a line, all shapes as a band."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     counts = sorted({row["m"] for row in rows})
-    figure = Figure(figsize=(3.55 * len(dtypes) + 0.6, 3.5), layout="constrained")
+    figure = Figure(figsize=(3.55 * len(dtypes) + 1.2, 3.5), layout="constrained")
     panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
     for axes, dtype in zip(panels, dtypes, strict=True):
         for sparsity, colour in SPARSITY_COLOURS.items():
@@ -53,7 +53,7 @@ def speed_ups(rows: Rows) -> Figure:
         axes.set_xlabel("rows M (frames at once)")
         _log(axes, "y")
     panels[0].set_ylabel("speed-up over the best dense")
-    panels[0].legend(frameon=False, fontsize=8, loc="upper left")
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
     return figure
 
 

@@ -188,7 +188,7 @@ struct SquareSums {
     SP_UNROLL for (int p = 0; p < kParts; ++p) {
       __m512i x;
       if constexpr (kWidth == 8) {
-        x = _mm512_shuffle_epi32(both, static_cast<_MM_PERM_ENUM>(p * 0x55));
+        x = p == 0 ? _mm512_shuffle_epi32(both, _MM_PERM_AAAA) : _mm512_shuffle_epi32(both, _MM_PERM_BBBB);
       } else {
         x = _mm512_permutex2var_epi16(first, expand[p], second);
       }
