@@ -83,10 +83,10 @@ def open_jobs(study: Study, cells: tuple[Cell, ...], places: Places) -> Iterator
         own = stages_of(study, cell)
         if is_measured(cell, own[-1].key, places):
             continue
-        for stage in own:
+        for stage in (stages[one.key] for one in own):  # of several cells: in the folder that the first one named
             if stage.key not in offered and not (stage.folder(places.runs) / DONE).is_file():
                 offered.add(stage.key)
-                yield Job(stages[stage.key].title, ("stage", stage.key), tuple(needs(stage)))
+                yield Job(stage.title, ("stage", stage.key), tuple(needs(stage)))
         yield Job(f"measure {cell.title}", ("measure", cell.title), (own[-1].key,))
 
 
@@ -145,7 +145,9 @@ def run_measurement(study: Study, cells: tuple[Cell, ...], title: str, places: P
 
     torch.set_num_threads(threads)
     cell = next(cell for cell in cells if cell.title == title)
-    result = measure.measure(cell, stages_of(study, cell), places.runs, places.data)
+    stages = all_stages(study, cells)
+    own = [stages[stage.key] for stage in stages_of(study, cell)]
+    result = measure.measure(cell, own, places.runs, places.data)
     measure.write(places.result(cell), result)
 
 
@@ -246,11 +248,9 @@ def main_command() -> list[str]:
 def describe(study: Study, cells: tuple[Cell, ...], places: Places) -> dict[str, Any]:
     """How much is done: cells measured and in all, steps left."""
     measured = [cell.title for cell in cells if is_measured(cell, stages_of(study, cell)[-1].key, places)]
-    left = [
-        stage
-        for stage in all_stages(study, [cell for cell in cells if cell.title not in measured]).values()
-        if not (stage.folder(places.runs) / DONE).is_file()
-    ]
+    stages = all_stages(study, cells)
+    open_keys = all_stages(study, [cell for cell in cells if cell.title not in measured])
+    left = [stages[key] for key in open_keys if not (stages[key].folder(places.runs) / DONE).is_file()]
     return {
         "cells": len(cells),
         "measured": len(measured),

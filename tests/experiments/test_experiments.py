@@ -237,3 +237,21 @@ def test_the_page_in_git_is_made_from_the_results_in_git(tmp_path):
     assert pictures == {path.name: path.read_bytes() for path in (tmp_path / "plots").glob("*.svg")}
     for path in (ROOT / "experiments" / "results").glob("*.json"):
         assert path.stat().st_size < 30_000, path
+
+
+def test_a_stage_of_two_cells_is_done_once(tmp_path):
+    """Its folder has the name that the first cell gave it, also when only the second one is left."""
+    import tiny_study
+
+    from experiments import runner, stages
+
+    first = tiny_study.make_cells()
+    second = replace(tiny_study.make_cells(steps=9)[1], name="other")
+    cells = (*first, second)
+    places = runner.Places(tmp_path, tmp_path / "results")
+    for stage in stages.all_stages(tiny_study.STUDY, cells).values():
+        stage.folder(tmp_path).mkdir()
+        (stage.folder(tmp_path) / runner.DONE).touch()
+    left = [job.words for job in runner.open_jobs(tiny_study.STUDY, cells, places)]
+    assert left == [("measure", "dense-0-s0"), ("measure", "fixed-80-s0"), ("measure", "other-80-s0")]
+    assert runner.describe(tiny_study.STUDY, cells, places)["stages_left"] == 0
