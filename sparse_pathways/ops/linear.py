@@ -176,7 +176,7 @@ def _product(
     quantise_x = packed.quantise_x
     differentiable = _wants_grad(x, values, bias, residual)
     name = backends.select(packed.device.type, values.dtype, packed.block)
-    if name == "cuda" and not differentiable and not torch.compiler.is_compiling():
+    if name == "cuda" and not differentiable and not torch.compiler.is_compiling() and not is_forward_mode():
         return strips.linear(x, packed, index, bias, residual, activation)
     if name == "reference" or (differentiable and scale is not None) or is_forward_mode():
         return reference_linear(x, values, *index, bias, n, scale, residual, activation, quantise_x)
@@ -287,6 +287,9 @@ def _checked(
         raise TypeError(
             f"x is a {type(x).__name__}, packed a {type(packed).__name__}; want a Tensor and a PackedWeight"
         )
+    for name, tensor in (("bias", bias), ("residual", residual)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; want a Tensor or None")
     if (out := autocast_dtype(x.device.type)) is not None:
         return _outside_autocast(x, packed, bias, pathway, activation, residual, out)
     n, k = packed.shape

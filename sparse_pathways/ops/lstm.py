@@ -321,7 +321,12 @@ def sparse_lstm_cell(
         TypeError: wrong dtype. ValueError: wrong shape or device. KeyError: unknown pathway.
         BackendUnavailable: a forced backend cannot serve this.
     """
+    if not isinstance(state, tuple | list) or len(state) != 2:
+        raise TypeError(f"state is a {type(state).__name__}; want a pair of tensors (h, c)")
     h, c = state
+    for name, tensor in (("x", x), ("h", h), ("c", c)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; want a Tensor")
     ih, hh = Weight(w_ih, b_ih, pathway), Weight(w_hh, b_hh, pathway)
     prepared = getattr(w_hh, "_lstm_prepared", None)
     if prepared is not None and x.dim() == 2 and x.size(0) == len(h) and x.size(1) == w_ih.shape[1]:

@@ -341,6 +341,20 @@ def test_the_operator_refuses_what_does_not_fit(rng):
                 prepared.run(*bad, *weights)
 
 
+@pytest.mark.parametrize(
+    ("x", "state", "reason"),
+    [
+        ([1.0], None, "state is a NoneType; want a pair"),
+        ([1.0], (torch.zeros(1, 24),) * 2, "x is a list; want a Tensor"),
+        (torch.zeros(1, 13), (torch.zeros(1, 24), 0.0), "c is a float; want a Tensor"),
+    ],
+)
+def test_what_is_no_tensor_is_named(rng, x, state, reason):
+    _, _, _, w_ih, w_hh, *_ = make_problem(rng)
+    with pytest.raises(TypeError, match=reason):
+        sp.sparse_lstm_cell(x, state, w_ih, w_hh)
+
+
 def test_no_rows(rng):
     _, _, _, w_ih, w_hh, *_ = make_problem(rng)
     h, c = sp.sparse_lstm_cell(torch.zeros(0, 13), (torch.zeros(0, 24), torch.zeros(0, 24)), w_ih, w_hh)

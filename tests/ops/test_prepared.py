@@ -359,3 +359,12 @@ def test_a_trace_serves_another_process(packed, tmp_path, calls):
         paths = [str(tmp_path / name) for name in ("model.pt", "x", "y")]
         subprocess.run([sys.executable, "-c", SAVED, *paths], check=True, timeout=100)
         torch.testing.assert_close(torch.load(tmp_path / "y"), module(x))
+
+
+@pytest.mark.parametrize("name", ["bias", "residual"])
+def test_what_is_no_tensor_is_named(packed, name):
+    x = torch.randn(2, 24)
+    for _ in range(2):
+        with pytest.raises(TypeError, match=f"{name} is a float; want a Tensor or None"):
+            sp.sparse_linear(x, packed, pathway="en", **{name: 1.0})
+        sp.sparse_linear(x, packed, pathway="en")
