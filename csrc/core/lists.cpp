@@ -321,6 +321,35 @@ void select(const T* scores, int64_t count, int64_t keep, uint8_t* kept) {
   }
 }
 
+float wide(float value) { return value; }
+float wide(Bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float number;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+template <typename T>
+void dots(const T* a, const T* e, int64_t n, int64_t k, int64_t r, int64_t c, int64_t b0, int64_t b1, float* sums) {
+  const int64_t cols = (k + c - 1) / c;
+  for (int64_t b = b0; b < b1; ++b) {
+    float* to = sums + b * cols;
+    std::fill_n(to, cols, 0.0f);
+    for (int64_t i = b * r; i < std::min(n, (b + 1) * r); ++i) {
+      const T *of_a = a + i * k, *of_e = e + i * k;
+      if (c == 1) {
+        for (int64_t j = 0; j < k; ++j) to[j] += wide(of_a[j]) * wide(of_e[j]);
+        continue;
+      }
+      for (int64_t j = 0; j < cols; ++j) {
+        float sum = 0.0f;
+        for (int64_t q = j * c; q < std::min(k, (j + 1) * c); ++q) sum += wide(of_a[q]) * wide(of_e[q]);
+        to[j] += sum;
+      }
+    }
+  }
+}
+
 template <typename T>
 void mask_rows(const T* weight, int64_t n, int64_t k, int64_t r, int64_t c, const uint8_t* bits, T* to) {
   const int64_t cols = (k + c - 1) / c;
@@ -367,6 +396,15 @@ void mask_weight(const void* weight, int64_t n, int64_t k, int64_t r, int64_t c,
     using T = decltype(zero);
     mask_rows(static_cast<const T*>(weight), n, k, r, c, bits, static_cast<T*>(to));
   });
+}
+
+void block_dots(const float* a, const float* e, int64_t n, int64_t k, int64_t r, int64_t c, int64_t b0, int64_t b1,
+                float* sums) {
+  dots(a, e, n, k, r, c, b0, b1, sums);
+}
+void block_dots(const Bf16* a, const Bf16* e, int64_t n, int64_t k, int64_t r, int64_t c, int64_t b0, int64_t b1,
+                float* sums) {
+  dots(a, e, n, k, r, c, b0, b1, sums);
 }
 
 void select_highest(const float* scores, int64_t count, int64_t keep, uint8_t* kept) {

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/types.h"
+
 namespace sp {
 
 // The lists of one mask [rows, cols]; Id is uint16_t where rows and cols fit, each for itself, else int32_t.
@@ -39,6 +41,13 @@ void update_lists(int64_t rows, int64_t cols, const BlockLists& before, const Bl
 // bytes; a NaN in a pruned block leaves no trace.
 void mask_weight(const void* weight, int64_t n, int64_t k, int64_t r, int64_t c, const uint8_t* bits,
                  size_t element_bytes, void* to);
+
+// sums[b * ceil(k / c) + j] = sum of a * e over block (b, j) of [r, c], of matrices [n, k]; products and sums are
+// float. Block rows [b0, b1).
+void block_dots(const float* a, const float* e, int64_t n, int64_t k, int64_t r, int64_t c, int64_t b0, int64_t b1,
+                float* sums);
+void block_dots(const Bf16* a, const Bf16* e, int64_t n, int64_t k, int64_t r, int64_t c, int64_t b0, int64_t b1,
+                float* sums);
 
 // kept[i] = 1 for the `keep` highest of `count` scores without NaN, else 0; among equals the lower i is kept.
 // 0 < keep < count.

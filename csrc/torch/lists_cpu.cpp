@@ -1,7 +1,9 @@
 // CPU operators on masks: index lists, their update, the choice of blocks by score, a weight with its mask applied.
+#include <algorithm>
 #include <tuple>
 
 #include "core/lists.h"
+#include "core/pool.h"
 #include "torch/check.h"
 
 namespace sp {
@@ -89,6 +91,54 @@ Lists bcsr_update_cpu(const Tensor& mask, const Tensor& bits, const Tensor& crow
   return made.done();
 }
 
+// Rows of a matrix that one share of the work reads at least, in elements: less does not pay for waking a helper.
+constexpr int64_t kDotsShare = 1 << 16;
+
+template <typename T>
+void block_dots(const Tensor& a, const Tensor& e, int64_t r, int64_t c, float* sums) {
+  struct Job {
+    const T *a, *e;
+    int64_t n, k, r, c, rows, at_once;
+    float* sums;
+  };
+  Job job{static_cast<const T*>(a.const_data_ptr()),
+          static_cast<const T*>(e.const_data_ptr()),
+          a.size(0),
+          a.size(1),
+          r,
+          c,
+          (a.size(0) + r - 1) / r,
+          0,
+          sums};
+  job.at_once = kDotsShare / std::max<int64_t>(1, r * job.k) + 1;
+  const auto task = [](void* context, int64_t share) {
+    const Job& of = *static_cast<const Job*>(context);
+    const int64_t first = share * of.at_once, last = std::min(of.rows, first + of.at_once);
+    sp::block_dots(of.a, of.e, of.n, of.k, of.r, of.c, first, last, of.sums);
+  };
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  run_parallel(threads, (job.rows + job.at_once - 1) / job.at_once, task, &job);
+}
+
+Tensor block_dots_cpu(const Tensor& a, const Tensor& e, int64_t r, int64_t c) {
+  check_dense(a, "a", 2);
+  check_dense(e, "e", 2);
+  const ScalarType type = a.scalar_type();
+  STD_TORCH_CHECK(r > 0 && c > 0, "block = (", r, ", ", c, "); want both above 0");
+  STD_TORCH_CHECK(a.size(0) == e.size(0) && a.size(1) == e.size(1) && type == e.scalar_type(),
+                  "a and e must have one shape and dtype");
+  const int64_t shape[] = {(a.size(0) + r - 1) / r, (a.size(1) + c - 1) / c};
+  Tensor sums = empty_cpu(shape, 2, ScalarType::Float);
+  float* to = static_cast<float*>(sums.mutable_data_ptr());
+  if (type == ScalarType::Float) {
+    block_dots<float>(a, e, r, c, to);
+  } else {
+    STD_TORCH_CHECK(type == ScalarType::BFloat16, "a and e must be float32 or bfloat16");
+    block_dots<Bf16>(a, e, r, c, to);
+  }
+  return sums;
+}
+
 Tensor topk_blocks_cpu(const Tensor& scores, int64_t keep) {
   check_dense(scores, "scores", 1);
   const int64_t count = scores.numel();
@@ -126,6 +176,7 @@ Tensor masked_weight_cpu(const Tensor& weight, const Tensor& bits, int64_t r, in
 STABLE_TORCH_LIBRARY_IMPL(sparse_pathways, CPU, m) {
   m.impl("bcsr_lists", TORCH_BOX(&sp::bcsr_lists_cpu));
   m.impl("bcsr_update", TORCH_BOX(&sp::bcsr_update_cpu));
+  m.impl("block_dots", TORCH_BOX(&sp::block_dots_cpu));
   m.impl("masked_weight", TORCH_BOX(&sp::masked_weight_cpu));
   m.impl("topk_blocks", TORCH_BOX(&sp::topk_blocks_cpu));
 }

@@ -2,7 +2,7 @@
 
 from sparse_pathways.mask.block_mask import expand_mask, pack_bits, unpack_bits
 from sparse_pathways.mask.schedule import Constant, Cubic, Milestones, Schedule
-from sparse_pathways.mask.score import block_scores, block_sums
+from sparse_pathways.mask.score import block_dots, block_scores
 from sparse_pathways.mask.select import global_masks, nm_mask, topk_mask
 
 __all__ = [
@@ -10,8 +10,8 @@ __all__ = [
     "Cubic",
     "Milestones",
     "Schedule",
+    "block_dots",
     "block_scores",
-    "block_sums",
     "expand_mask",
     "global_masks",
     "nm_mask",

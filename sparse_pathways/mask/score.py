@@ -7,6 +7,9 @@ from torch import Tensor
 from sparse_pathways.checks import Block, check_block, check_matrix, grid
 
 NORMS = ("l1", "l2")
+DOTS = "sparse_pathways::block_dots"
+
+torch.library.define(DOTS, "(Tensor a, Tensor e, int rows, int cols) -> Tensor")
 
 
 def block_sums(values: Tensor, block: Block = (8, 1)) -> Tensor:
@@ -24,6 +27,35 @@ def block_sums(values: Tensor, block: Block = (8, 1)) -> Tensor:
     blocks, columns = grid((n, k), (rows, cols))
     padded = F.pad(values, (0, columns * cols - k, 0, blocks * rows - n)) if n % rows or k % cols else values
     return padded.reshape(blocks, rows, columns, cols).sum((1, 3))
+
+
+def reference_dots(a: Tensor, e: Tensor, rows: int, cols: int) -> Tensor:
+    """float32 `[NB, KB]`: sum over each block of a * e, both `[N, K]`."""
+    return block_sums(a.float() * e.float(), (rows, cols))
+
+
+# CUDA tensors, and the CPU without its compiled library; csrc/torch/lists_cpu.cpp serves the CPU otherwise.
+torch.library.register_kernel(DOTS, None, reference_dots)
+
+
+def block_dots(a: Tensor, e: Tensor, block: Block = (8, 1)) -> Tensor:
+    """Sum of `a * e` over each block.
+
+    Args:
+        a: `[N, K]`, any float dtype.
+        e: as `a`.
+        block: (R, C); edge blocks sum what they have.
+
+    Returns:
+        float32 `[NB, KB]`.
+    """
+    rows, cols = check_block(block)
+    if a.shape != e.shape:
+        raise ValueError(f"a is {tuple(a.shape)}, e is {tuple(e.shape)}; want the same shape")
+    a, e = check_matrix("a", a).detach(), check_matrix("e", e).detach()
+    if a.dtype != e.dtype or a.dtype not in (torch.float32, torch.bfloat16):
+        a, e = a.float(), e.float()
+    return torch.ops.sparse_pathways.block_dots.default(a.contiguous(), e.contiguous(), rows, cols)
 
 
 def block_scores(weight: Tensor, block: Block = (8, 1), norm: str = "l1") -> Tensor:
@@ -47,6 +79,6 @@ def block_scores(weight: Tensor, block: Block = (8, 1), norm: str = "l1") -> Ten
     weight = check_matrix("weight", weight).detach()
     if norm == "l1":
         return block_sums(weight.abs(), block)
-    # The square of a half-precision weight overflows from 256 on.
-    wide = weight if weight.dtype == torch.float64 else weight.float()
-    return block_sums(wide.square(), block).sqrt().to(weight.dtype)
+    if weight.dtype == torch.float64:
+        return block_sums(weight.square(), block).sqrt()
+    return block_dots(weight, weight, block).sqrt().to(weight.dtype)  # in float32: half-precision squares overflow

@@ -47,10 +47,11 @@ class PruneEvent:
     ) -> PruneEvent:
         """The event of masks that were `before` and are `after`, per layer bool `[G, NB, KB]`; one transfer."""
         rows = [
-            torch.stack([new.sum(), (old & ~new).sum(), (new & ~old).sum(), (old & new).sum(), (old | new).sum()])
+            torch.stack([old.sum(), new.sum(), (old & new).sum()])
             for old, new in ((before[name], after[name]) for name in before)
         ]
-        kept, pruned, regrown, both, either = torch.stack(rows).sum(0).tolist()
+        was, kept, both = torch.stack(rows).sum(0).tolist()
         blocks = sum(mask.numel() for mask in after.values())
+        either = was + kept - both
         iou = both / either if either else 1.0
-        return cls(step, pathway, decided, sparsity, kept / blocks, blocks, pruned, regrown, iou)
+        return cls(step, pathway, decided, sparsity, kept / blocks, blocks, was - both, kept - both, iou)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,14 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_pathways.checks import unknown_pathway
-from sparse_pathways.mask import expand_mask, pack_bits, unpack_bits
+from sparse_pathways.mask import block_dots, expand_mask, pack_bits, unpack_bits
 from sparse_pathways.nn import SparseLinear
 from sparse_pathways.prune import distributed
 from sparse_pathways.prune.decide import select, set_initial_masks_
 from sparse_pathways.prune.distributed import whole
 from sparse_pathways.prune.event import PruneEvent
 from sparse_pathways.prune.plan import PruningPlan
-from sparse_pathways.prune.scores import ScoreMemory, batch_signal, is_finite, magnitude, memory_of
+from sparse_pathways.prune.scores import ScoreMemory, is_finite, magnitude, memory_of
 from sparse_pathways.prune.update import MaskedUpdate, check_holds, reset_moments, torch_optimizer
 
 Masks = dict[str, Tensor]  # pathway, or layer, to bool tensor
@@ -208,7 +209,7 @@ class Pruner:
     def _observe(self, memory: ScoreMemory, pathway: str, step: int) -> None:
         """Gradient scores of this batch enter the averages, of all layers or of none."""
         found = {
-            name: batch_signal(whole(layer.weight), whole(layer.weight.grad), layer.block)
+            name: block_dots(whole(layer.weight), whole(layer.weight.grad), layer.block)
             for name, layer in self.layers.items()
             if layer.weight.grad is not None
         }
@@ -278,28 +279,31 @@ class Pruner:
         self._refuse_non_finite(scores, self.steps, "the score of a block")
         before = {}
         for name, layer in self.layers.items():
-            old = torch.stack([layer.mask(each) for each in decided])
-            before[name] = old.any(0, keepdim=True) if shared else old
+            old = [layer.mask(each) for each in decided]
+            before[name] = functools.reduce(torch.bitwise_or, old)[None] if shared else torch.stack(old)
         after = select(self.plan, scores, before, sparsity)
         if distributed.several_processes():
             distributed.check_same_masks(after, self.steps)
-        for name, layer in self.layers.items():
-            self._apply(name, decided, after[name].expand(len(decided), *after[name].shape[1:]))
+        for name in self.layers:
+            masks = after[name].expand(len(decided), *after[name].shape[1:])
+            self._apply(name, decided, masks)
             if self._explored is not None:
-                self._explored[name] |= self._stacked(layer)
+                for pathway, mask in zip(decided, masks, strict=True):
+                    self._explored[name][self.pathways.index(pathway)] |= mask
         return PruneEvent.of(self.steps, pathway, decided, sparsity, before, after)
 
     def _apply(self, name: str, decided: tuple[str, ...], masks: Tensor) -> None:
         layer = self.layers[name]
-        used = torch.stack(list(layer.masks.values())).any(0)
+        optimizer = self._optimizer if self.plan.moments == "reset" else None
+        used = None if optimizer is None else torch.stack(list(layer.masks.values())).any(0)
         if self.plan.masks == "shared" and decided == layer.pathways:
             layer.set_mask_(masks[0])  # one re-pack for all pathways
         else:
             for pathway, mask in zip(decided, masks, strict=True):
                 layer.set_mask_(mask, pathway)
-        if self.plan.moments == "reset" and self._optimizer is not None:
+        if optimizer is not None and used is not None:
             changed = used ^ torch.stack(list(layer.masks.values())).any(0)
-            reset_moments(self._optimizer, layer.weight, _dense(changed, layer))
+            reset_moments(optimizer, layer.weight, _dense(changed, layer))
 
     def explored(self) -> dict[str, float]:
         """Share of blocks, in [0, 1], that each pathway has kept at some time since the schedule ended; its density

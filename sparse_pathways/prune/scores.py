@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_pathways.mask import block_scores, block_sums
+from sparse_pathways.mask import block_scores
 from sparse_pathways.mask.score import NORMS
 
 
@@ -107,11 +107,6 @@ def as_score(score: Score | str) -> Score:
     return score
 
 
-def batch_signal(weight: Tensor, grad: Tensor, block: tuple[int, int]) -> Tensor:
-    """Sum over the block of w * g of one batch, float32 `[NB, KB]`, from weight and gradient `[N, K]`."""
-    return block_sums(weight.float() * grad.float(), block)
-
-
 class ScoreMemory:
     """What a score keeps between steps, per layer float32 `[P, slots, NB, KB]` over the governed pathways.
 
@@ -128,7 +123,7 @@ class ScoreMemory:
         self.tensors[layer] = magnitude.new_zeros(pathways, self.slots, *magnitude.shape)
 
     def add(self, layer: str, index: int, signal: Tensor, batches: int) -> None:
-        """Batch number `batches` of pathway `index`, its `signal` `[NB, KB]` from `batch_signal`."""
+        """Batch number `batches` of pathway `index`, its `signal` `[NB, KB]`: the sums over its blocks of w * g."""
         raise NotImplementedError
 
     def score(self, layer: str, index: int, batches: int) -> Tensor:
@@ -197,4 +192,6 @@ def magnitude(weight: Tensor, block: tuple[int, int], score: Score) -> Tensor:
 
 def is_finite(tensors: list[Tensor]) -> list[bool]:
     """Whether each tensor is free of NaN and Inf; one transfer for the whole list."""
-    return torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).tolist() if tensors else []
+    # A sum is finite only if all its terms are. The reverse does not hold, so what is not is looked at again.
+    sums = torch.stack([tensor.sum() for tensor in tensors]).isfinite().tolist() if tensors else []
+    return [fine or bool(tensor.isfinite().all()) for fine, tensor in zip(sums, tensors, strict=True)]

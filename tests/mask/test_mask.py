@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 
 import sparse_pathways as sp
-from sparse_pathways.mask import Constant, Cubic, Milestones, global_masks, nm_mask, pack_bits, unpack_bits
+from sparse_pathways.mask import Constant, Cubic, Milestones, block_dots, global_masks, nm_mask, pack_bits, unpack_bits
+from sparse_pathways.mask.score import reference_dots
 
 
 def slow_scores(weight, block, norm):
@@ -25,6 +26,25 @@ def slow_scores(weight, block, norm):
 def test_scores_equal_a_loop_over_blocks(shape, block, norm, rng):
     weight = torch.randn(shape, generator=rng)
     torch.testing.assert_close(sp.block_scores(weight, block, norm), slow_scores(weight, block, norm).float())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (17, 7), (16, 40), (600, 300)], ids=str)
+@pytest.mark.parametrize("block", [(8, 1), (4, 4), (3, 5), (64, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dots_equal_a_loop_over_blocks(shape, block, dtype, rng):
+    a, e = (torch.randn(shape, generator=rng).to(dtype) for _ in range(2))
+    (n, k), (r, c) = shape, block
+    product = a.double() * e.double()
+    tiles = [[product[i : i + r, j : j + c].sum() for j in range(0, k, c)] for i in range(0, n, r)]
+    expected = torch.tensor(tiles).float()
+    for found in (block_dots(a, e, block), block_dots(a.T.contiguous().T, e, block), reference_dots(a, e, r, c)):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * (r * c) ** 0.5)
+
+
+def test_dots_of_unlike_matrices_are_refused():
+    with pytest.raises(ValueError, match=r"a is \(8, 4\), e is \(4, 8\); want the same shape"):
+        block_dots(torch.ones(8, 4), torch.ones(4, 8))
 
 
 @given(

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_flatten
 
 from sparse_pathways import prune
 from sparse_pathways.mask import Constant, Cubic
+from sparse_pathways.prune.scores import is_finite
 
 LANGUAGES = ("en", "fr")
 
@@ -112,6 +113,17 @@ def test_another_model_is_refused(toy):
 
 
 # --- bad numbers and bad use ------------------------------------------------------------------------------------------
+
+
+def test_sums_that_overflow_are_not_taken_for_scores_that_do():
+    large = torch.full((4,), 3e38)
+    assert is_finite([large, torch.ones(2), torch.tensor([math.inf, -math.inf]), torch.tensor([math.nan])]) == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert is_finite([]) == []
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf], ids=["nan", "inf"])
