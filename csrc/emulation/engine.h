@@ -39,6 +39,7 @@ enum class Access { kRead, kWrite };
 
 // Global memory of the next launches. Written buffers are checked for races, read-only ones for writes.
 void watch(const void* begin, size_t bytes, const char* name, Access access);
+void forget(const void* begin);
 void watch_nothing();
 
 // Runs `body` once per thread of the grid, blocks one after the other; `limit` > 0 stops after so many blocks.

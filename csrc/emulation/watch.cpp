@@ -212,6 +212,12 @@ void watch(const void* begin, size_t bytes, const char* name, Access access) {
   regions.push_back(std::move(region));
 }
 
+// Memory given back may be given out again, for something else and of another size.
+void forget(const void* begin) {
+  const auto is_it = [&](const Region& region) { return region.begin == reinterpret_cast<uintptr_t>(begin); };
+  regions.erase(std::remove_if(regions.begin() + 1, regions.end(), is_it), regions.end());
+}
+
 void watch_nothing() { regions.resize(1); }
 
 Counters take_counters() {

@@ -74,7 +74,10 @@ struct Buffer {
   T& operator[](size_t i) { return data.get()[i]; }
   operator T*() { return data.get(); }
   struct Free {
-    void operator()(T* memory) const { free(memory); }
+    void operator()(T* memory) const {
+      emulation::forget(memory);
+      free(memory);
+    }
   };
   std::unique_ptr<T, Free> data;
   size_t size;
