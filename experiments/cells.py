@@ -175,6 +175,18 @@ class Comparisons:
             "inside": ("updates inside pathways once fixed", self.wg(after_freeze="inside"), self.joint, {}),
             "distil": ("distilled from dense", self.wg(), self.joint, {"distil": 1.0}),
             "learned": ("scores learned, straight-through", self.wg(score="learned"), self.joint, {}),
+            "hard": (
+                "scores learned, hard-concrete gates",
+                self.wg(score=sp.Learned(gate="hard-concrete")),
+                self.joint,
+                {},
+            ),
+            "scaled": (
+                "scores learned, and a factor per block",
+                self.wg(score=sp.Learned(scale_lr=0.002)),
+                self.joint,
+                {},
+            ),
             "movement": ("movement score", self.wg(score="movement"), self.joint, {}),
             "decay90": ("shorter average (0.9)", self.wg(score=sp.Gradient(0.9)), self.joint, {}),
             "decay995": ("longer average (0.995)", self.wg(score=sp.Gradient(0.995)), self.joint, {}),

@@ -75,7 +75,20 @@ def _main(s: float) -> Table:
 
 
 OPTIONS = (
-    *("inside", "distil", "inside-distil", "learned", "movement", "decay90", "decay995", "often", "seldom", "churn"),
+    *(
+        "inside",
+        "distil",
+        "inside-distil",
+        "learned",
+        "hard",
+        "scaled",
+        "movement",
+        "decay90",
+        "decay995",
+        "often",
+        "seldom",
+        "churn",
+    ),
     *("late", "long", "start50", "lap50-wg", "lsp50-wg", "variant-b", "global", "unstructured"),
 )
 
@@ -94,6 +107,8 @@ def _options(s: float) -> Table:
             Claim(text, (f"dynamic-{name}", s), ours)
             for name, text in (
                 ("learned", "Future work 2: learned scores beat re-computed ones"),
+                ("hard", "Future work 2: so do those behind hard-concrete gates"),
+                ("scaled", "Future work 2: so do those with a factor per block"),
                 ("start50", "Future work 3: a start at 50 % beats a start from dense"),
                 ("churn", "Future work 4: an interval that follows the churn beats a fixed one"),
                 ("distil", "Future work 7: distillation lowers errors further"),

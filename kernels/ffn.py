@@ -212,8 +212,11 @@ def bcsr_ffn(x: Tensor, first: Weight, second: Weight, activation: int, schedule
     check(x.dtype, second.block)
     one, two = (tuning.schedule("product", m, one.block, x.dtype, x.device) for one in (first, second))
     warps = 8 if max(one.tile_out, two.tile_out) >= 128 else 4
-    # One program per multiprocessor has its shared memory to itself: a deeper pipeline costs nothing.
-    schedule = schedule or one._replace(tile_m=min(ROWS, one.tile_m), num_warps=warps, num_stages=one.num_stages + 1)
+    if schedule is None:
+        tile_m = min(ROWS, one.tile_m)
+        # One program per multiprocessor has its shared memory to itself: the largest tiles get a deeper pipeline.
+        stages = one.num_stages + (warps == 8 and tile_m == ROWS)
+        schedule = one._replace(tile_m=tile_m, num_warps=warps, num_stages=stages)
     y = torch.empty(m, second.n, device=x.device, dtype=x.dtype)
     programs = min(PROGRAMS, triton.cdiv(m, schedule.tile_m))
     if programs == 0 or second.n == 0:

@@ -22,7 +22,12 @@ def expand_mask(mask: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
     """
     rows, cols = check_block(block)
     check_mask(mask, (rows, cols), shape)
-    return mask.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[: shape[0], : shape[1]]
+    return expand_blocks(mask, (rows, cols), shape)
+
+
+def expand_blocks(values: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
+    """One value per block, `[NB, KB]` of any dtype, to one per weight, `[N, K]` = `shape`; see `expand_mask`."""
+    return values.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: shape[0], : shape[1]]
 
 
 def pack_bits(flags: Tensor) -> Tensor:

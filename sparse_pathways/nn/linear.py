@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from sparse_pathways.checks import Block, check_block, check_mask, check_names, grid, unknown_pathway
 from sparse_pathways.layout import BlockLayout, PackedWeight
-from sparse_pathways.mask import pack_bits, unpack_bits
+from sparse_pathways.mask import expand_blocks, pack_bits, unpack_bits
 from sparse_pathways.ops import masked_linear, sparse_linear
 
 
@@ -29,10 +29,13 @@ class SparseLinear(nn.Linear):
         pathways: names.
         active: name of the pathway that `forward` uses.
         dense_grad: True: pruned weights receive a straight-through gradient; see `masked_linear`.
+        gates: None, or what a `Pruner` has set while it learns masks: called with the active pathway and whether the
+            layer trains, it gives factors `[NB, KB]` of the blocks, or None. Not saved, and left behind by copies.
     """
 
     block_mask: Tensor
     bias: nn.Parameter | None  # type: ignore[assignment]
+    gates: Callable[[str, bool], Tensor | None] | None = None
 
     def __init__(
         self,
@@ -176,6 +179,10 @@ class SparseLinear(nn.Linear):
             self._remember()
         return same
 
+    def __getstate__(self):  # type: ignore[no-untyped-def]
+        # A copy would bring a copy of the Pruner and its optimiser along.
+        return {name: value for name, value in self.__dict__.items() if name != "gates"}
+
     def __setstate__(self, state):  # type: ignore[no-untyped-def]
         super().__setstate__(state)
         buffer, _, bits = self._built_from
@@ -197,7 +204,16 @@ class SparseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in_features]` -> `[..., out_features]` with the active pathway's mask."""
-        return masked_linear(x, self.weight, self.layout(), self.bias, dense_grad=self.dense_grad)
+        return masked_linear(x, self.gated_weight(), self.layout(), self.bias, dense_grad=self.dense_grad)
+
+    def gated_weight(self) -> Tensor:
+        """The weight that a product sees: times the factors of `gates`, where there are any."""
+        gate = None if self.gates is None else self.gates(self.active, self.training)
+        if gate is None:
+            return self.weight
+        return self.weight * expand_blocks(
+            gate.to(self.weight.dtype), self.block, (self.out_features, self.in_features)
+        )
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)

@@ -51,7 +51,7 @@ class GateLinear(SparseLinear):
 
     def masked_weight(self) -> Tensor:
         """Dense `[4H, in]`, zero where pruned; what is stored there cannot be seen in it."""
-        layout, weight = self.layout(), self.weight
+        layout, weight = self.layout(), self.gated_weight()
         if layout.num_blocks == self._grid[0] * self._grid[1]:
             return weight
         kept = expand_mask(layout.to_mask(), self.block, layout.shape)

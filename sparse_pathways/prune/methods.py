@@ -292,6 +292,10 @@ def new_pathway(
         raise ValueError(
             f"score = {score!r} does not tell blocks that help from blocks that harm; choose movement, learned"
         )
+    if isinstance(score, Learned) and score.scale_lr:
+        raise ValueError(
+            f"score = {score}: factors of blocks would change the weights of the other pathways; scale_lr = 0"
+        )
     return PruningPlan(
         **_timing(sparsity, steps, 0.0, None, interval, None, decisions=100),
         **_variant(dense_grad=True),

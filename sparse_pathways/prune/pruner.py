@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_pathways.checks import unknown_pathway
-from sparse_pathways.mask import block_dots, expand_mask, pack_bits, unpack_bits
+from sparse_pathways.mask import block_dots, expand_blocks, expand_mask, pack_bits, unpack_bits
 from sparse_pathways.nn import SparseLinear
 from sparse_pathways.prune import distributed
 from sparse_pathways.prune.decide import select, set_initial_masks_
@@ -72,6 +72,7 @@ class Pruner:
         if self._memory is not None:
             for name, layer in self.layers.items():
                 self._memory.start(name, len(self.pathways), self._magnitude(layer))
+            self._set_gates()
         if distributed.several_processes():
             distributed.check_same_masks({name: self._stacked(layer) for name, layer in self.layers.items()}, step=0)
         if state is not None:
@@ -168,9 +169,35 @@ class Pruner:
         event = self._decide(due, pathway) if due else None
         if event is not None and self.plan.churn is not None:
             self._adapt_gaps(event)
-        if self.plan.after_freeze == "inside" and step == self.plan.freeze:
-            self._stay_inside()
+        if step == self.plan.freeze:
+            self._fold_scales()
+            self._set_gates()
+            if self.plan.after_freeze == "inside":
+                self._stay_inside()
         return event
+
+    def _set_gates(self, on: bool = True) -> None:
+        """Have the layers ask for the gates of their blocks, as long as masks are not fixed."""
+        if self._memory is None or not self._memory.gates:
+            return
+        on = on and (self.plan.freeze is None or self.steps < self.plan.freeze)
+        for name, layer in self.layers.items():
+            layer.gates = functools.partial(self._gate, name) if on else None
+
+    def _gate(self, name: str, pathway: str, training: bool) -> Tensor | None:
+        if self._memory is None or pathway not in self.batches:
+            return None
+        return self._memory.gate(name, self.pathways.index(pathway), self.batches[pathway], training)
+
+    def _fold_scales(self) -> None:
+        """Make the learned factors of blocks part of the weights, which they leave the product of as it was."""
+        for name, layer in self.layers.items():
+            scale = self._memory.scale(name) if self._memory is not None else None
+            if scale is not None:
+                wide = expand_blocks(scale, layer.block, (layer.out_features, layer.in_features))
+                distributed.own_part(layer.weight).mul_(
+                    distributed.part_like(wide.to(layer.weight.dtype), layer.weight)
+                )
 
     def _stay_inside(self) -> None:
         """From here on a pathway's updates stay inside its masks (variant B)."""
@@ -223,7 +250,7 @@ class Pruner:
         for name, layer in self.layers.items():
             # A layer that this batch did not use has zero gradient.
             signal = found[name] if name in found else torch.zeros_like(layer.mask(pathway), dtype=torch.float32)
-            memory.add(name, index, signal, self.batches[pathway] + 1)
+            memory.add(name, index, signal, self.batches[pathway] + 1, step)
 
     def _refuse_non_finite(self, scores: Masks, step: int, what: str) -> None:
         for name, finite in zip(scores, is_finite(list(scores.values())), strict=True):
@@ -363,8 +390,10 @@ class Pruner:
             self._stay_inside()
         if self._memory is not None:
             self._memory.tensors = {
-                name: value.to(self.layers[name].weight.device, copy=True) for name, value in state["averages"].items()
+                name: value.to(self._memory.tensors[name].device, copy=True)
+                for name, value in state["averages"].items()
             }
+            self._set_gates()
 
     def _fingerprints(self) -> dict[str, int]:
         hashes = [distributed.fingerprint(self._stacked(layer)) for layer in self.layers.values()]
@@ -374,8 +403,15 @@ class Pruner:
         """Masks of the governed pathways, bool `[P, NB, KB]`."""
         return torch.stack([layer.mask(pathway) for pathway in self.pathways])
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copied layers have left their gates behind: those of a copied or unpickled Pruner ask it."""
+        self.__dict__.update(state)
+        self._set_gates()
+
     def detach(self) -> None:
-        """Let the optimiser go: from here on its steps are no longer kept inside the pathways (`dense_grad=False`)."""
+        """Let model and optimiser go: from here on steps are no longer kept inside the pathways (`dense_grad=False`),
+        and blocks have no gates."""
+        self._set_gates(on=False)
         if self._update is not None:
             self._update.detach()
             self._update = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from sparse_pathways.mask import block_scores
 from sparse_pathways.mask.score import NORMS
+
+GATES = ("straight-through", "hard-concrete")
 
 
 @dataclass(frozen=True)
@@ -68,23 +71,36 @@ class Movement:
 
 @dataclass(frozen=True)
 class Learned:
-    """Block scores of every pathway, trained by Adam through a straight-through gate: the forward product uses the mask
-    of the highest scores, the backward one treats a block's gate as its score, dL/dscore = sum over the block of
-    w * dL/dw.
+    """Block scores of every pathway, trained by Adam while the weights train.
 
-    Scores start from the magnitude of the blocks, divided by its mean over the layer.
+    A block's score moves by the gradient of its gate, which multiplies the block: dL/dgate = sum over the block of
+    w * dL/dw, where w is the weight that the product saw. Scores start from the magnitude of the blocks, divided by its
+    mean over the layer.
 
     Attributes:
         lr: of Adam, in units of the layer's mean magnitude per batch of the pathway.
+        gate: "straight-through": a kept block's gate is 1, and dL/dscore = dL/dgate. "hard-concrete": while masks are
+            decided and the model trains, the gates of kept blocks are drawn anew for every batch, from between 0 and 1,
+            both included, higher the higher the score; the sparsity still is that of the schedule (a ranking takes the
+            place of the penalty of the source), and fixed masks have gates of 1.
+        scale_lr: 0: nothing. Else a factor per block, shared by all pathways, is trained beside its weights with this
+            learning rate, from 1 on, and becomes part of the weights when masks are fixed.
 
-    Source: straight-through scores (arXiv 1911.13299), with Adam, per block and per pathway.
+    Source: straight-through scores (arXiv 1911.13299), with Adam, per block and per pathway; hard-concrete gates
+        (arXiv 1712.01312, equations 10 and 11), stretched to [-0.1, 1.1], at temperature 2 / 3.
     """
 
     lr: float = 0.05
+    gate: str = "straight-through"
+    scale_lr: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.lr > 0.0:
             raise ValueError(f"Learned.lr = {self.lr}; want more than 0")
+        if self.gate not in GATES:
+            raise ValueError(f"Learned.gate = {self.gate!r}; choose one of {', '.join(GATES)}")
+        if not self.scale_lr >= 0.0:
+            raise ValueError(f"Learned.scale_lr = {self.scale_lr}; want 0 (no factors) or more")
 
 
 Score = Magnitude | Gradient | Movement | Learned
@@ -122,13 +138,28 @@ class ScoreMemory:
         """Make room for a layer whose blocks have `magnitude` `[NB, KB]`."""
         self.tensors[layer] = magnitude.new_zeros(pathways, self.slots, *magnitude.shape)
 
-    def add(self, layer: str, index: int, signal: Tensor, batches: int) -> None:
-        """Batch number `batches` of pathway `index`, its `signal` `[NB, KB]`: the sums over its blocks of w * g."""
+    def add(self, layer: str, index: int, signal: Tensor, batches: int, steps: int) -> None:
+        """Batch number `batches` of pathway `index`, of all pathways number `steps`; its `signal` `[NB, KB]`: the sums
+        over its blocks of w * g."""
         raise NotImplementedError
 
     def score(self, layer: str, index: int, batches: int) -> Tensor:
         """Scores `[NB, KB]` of pathway `index` after `batches` of its batches."""
         return self.tensors[layer][index, 0]
+
+    @property
+    def gates(self) -> bool:
+        """Whether products are multiplied with `gate`s, block by block."""
+        return False
+
+    def gate(self, layer: str, index: int, batches: int, training: bool) -> Tensor | None:
+        """What the blocks `[NB, KB]` of the product of pathway `index`, after `batches` of its batches, are multiplied
+        with; None: nothing."""
+        return None
+
+    def scale(self, layer: str) -> Tensor | None:
+        """The factors `[NB, KB]` that become part of the weight when masks are fixed; None: none."""
+        return None
 
 
 class _GradientMemory(ScoreMemory):
@@ -136,7 +167,7 @@ class _GradientMemory(ScoreMemory):
         super().__init__()
         self.decay = decay
 
-    def add(self, layer: str, index: int, signal: Tensor, batches: int) -> None:
+    def add(self, layer: str, index: int, signal: Tensor, batches: int, steps: int) -> None:
         self.tensors[layer][index, 0].mul_(self.decay).add_(signal.abs(), alpha=1.0 - self.decay)
 
     def score(self, layer: str, index: int, batches: int) -> Tensor:
@@ -148,29 +179,82 @@ class _MovementMemory(ScoreMemory):
         super().__init__()
         self.decay = decay
 
-    def add(self, layer: str, index: int, signal: Tensor, batches: int) -> None:
+    def add(self, layer: str, index: int, signal: Tensor, batches: int, steps: int) -> None:
         self.tensors[layer][index, 0].mul_(self.decay).sub_(signal)
 
 
 class _LearnedMemory(ScoreMemory):
-    slots = 3  # score, and Adam's two averages
+    slots = 3  # score, and Adam's two averages; of a layer's factors, under another name: the same three
     betas = (0.9, 0.98)
     epsilon = 1e-12  # signals of a block may be small against 1
+    low, high, temperature = -0.1, 1.1, 2.0 / 3.0  # of hard-concrete gates
+    open = 2.0  # added to the score: a block of mean magnitude begins with a gate of 1 in 4 of 5 draws
+    least_scale = 0.01
 
-    def __init__(self, lr: float) -> None:
+    def __init__(self, score: Learned) -> None:
         super().__init__()
-        self.lr = lr
+        self.settings = score
+        self._drawn: dict[tuple[str, int], tuple[int, Tensor]] = {}  # layer and pathway: of which batch, and what
+
+    @staticmethod
+    def _scale_name(layer: str) -> str:
+        return f"{layer}:scale"
 
     def start(self, layer: str, pathways: int, magnitude: Tensor) -> None:
         super().start(layer, pathways, magnitude)
         self.tensors[layer][:, 0] = magnitude / magnitude.mean().clamp_min(torch.finfo(torch.float32).tiny)
+        if self.settings.scale_lr:
+            scale = magnitude.new_zeros(self.slots, *magnitude.shape)
+            scale[0] = 1.0
+            self.tensors[self._scale_name(layer)] = scale
 
-    def add(self, layer: str, index: int, signal: Tensor, batches: int) -> None:
-        score, first, second = self.tensors[layer][index]
-        first.mul_(self.betas[0]).add_(signal, alpha=1.0 - self.betas[0])
-        second.mul_(self.betas[1]).addcmul_(signal, signal, value=1.0 - self.betas[1])
-        size = (second / (1.0 - self.betas[1] ** batches)).sqrt_().add_(self.epsilon)
-        score.addcdiv_(first, size, value=-self.lr / (1.0 - self.betas[0] ** batches))
+    @property
+    def gates(self) -> bool:
+        return self.settings.gate == "hard-concrete" or self.settings.scale_lr > 0.0
+
+    def gate(self, layer: str, index: int, batches: int, training: bool) -> Tensor | None:
+        scale = self.scale(layer)
+        if self.settings.gate != "hard-concrete" or not training:
+            return scale
+        drawn = self._stretched(layer, index, batches).clamp(0.0, 1.0)
+        return drawn if scale is None else drawn * scale
+
+    def scale(self, layer: str) -> Tensor | None:
+        scale = self.tensors.get(self._scale_name(layer))
+        return None if scale is None else scale[0]
+
+    def _stretched(self, layer: str, index: int, batches: int) -> Tensor:
+        """Gates before they are cut to [0, 1]: the same number for the same batch, on every rank and after a resume."""
+        done, value = self._drawn.get((layer, index), (-1, None))
+        if value is None or done != batches:
+            score = self.tensors[layer][index, 0]
+            generator = torch.Generator(score.device).manual_seed(zlib.crc32(f"{layer}/{index}/{batches}".encode()))
+            noise = torch.empty_like(score).uniform_(1e-6, 1.0 - 1e-6, generator=generator).logit_()
+            value = torch.sigmoid((noise + score + self.open) / self.temperature)
+            value = value * (self.high - self.low) + self.low
+            self._drawn[layer, index] = batches, value
+        return value
+
+    def add(self, layer: str, index: int, signal: Tensor, batches: int, steps: int) -> None:
+        scale = self.tensors.get(self._scale_name(layer))
+        if scale is not None:
+            self._adam(scale, signal / scale[0], self.settings.scale_lr, steps)
+            scale[0].clamp_(min=self.least_scale)
+        if self.settings.gate == "hard-concrete":
+            stretched = self._stretched(layer, index, batches - 1)
+            share = (stretched - self.low) / (self.high - self.low)
+            slope = (self.high - self.low) * share * (1.0 - share) / self.temperature  # dgate/dscore where not cut
+            cut = (stretched <= 0.0) | (stretched >= 1.0)
+            signal = torch.where(cut, 0.0, signal * slope / stretched)
+        self._adam(self.tensors[layer][index], signal, self.settings.lr, batches)
+
+    def _adam(self, state: Tensor, gradient: Tensor, lr: float, count: int) -> None:
+        """One step of Adam on `state` `[3, NB, KB]`: value and averages."""
+        value, first, second = state
+        first.mul_(self.betas[0]).add_(gradient, alpha=1.0 - self.betas[0])
+        second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1.0 - self.betas[1])
+        size = (second / (1.0 - self.betas[1] ** count)).sqrt_().add_(self.epsilon)
+        value.addcdiv_(first, size, value=-lr / (1.0 - self.betas[0] ** count))
 
 
 def memory_of(score: Score) -> ScoreMemory | None:
@@ -180,8 +264,8 @@ def memory_of(score: Score) -> ScoreMemory | None:
             return _GradientMemory(decay)
         case Movement(decay):
             return _MovementMemory(decay)
-        case Learned(lr):
-            return _LearnedMemory(lr)
+        case Learned():
+            return _LearnedMemory(score)
     return None
 
 

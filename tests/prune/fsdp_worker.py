@@ -17,6 +17,9 @@ PLANS = {
     "lap-gradient": m.lap(LANGUAGES, 0.6, steps=STEPS, score="gradient"),
     "dynamic": m.dynamic_asr_pathways(LANGUAGES, 0.6, steps=STEPS),
     "dynamic-learned": m.dynamic_asr_pathways(LANGUAGES, 0.6, steps=STEPS, score="learned"),
+    "dynamic-gates": m.dynamic_asr_pathways(
+        LANGUAGES, 0.6, steps=STEPS, score=sp.Learned(gate="hard-concrete", scale_lr=0.01)
+    ),
     "dynamic-B": m.dynamic_asr_pathways(LANGUAGES, 0.6, steps=STEPS, score="magnitude", dense_grad=False),
     "gradual": m.gradual(LANGUAGES, 0.6, steps=STEPS),
 }

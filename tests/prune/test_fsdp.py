@@ -29,7 +29,7 @@ def sharded(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", ["lap-magnitude", "lap-gradient", "dynamic", "dynamic-learned", "dynamic-B", "gradual"]
+    "method", ["lap-magnitude", "lap-gradient", "dynamic", "dynamic-learned", "dynamic-gates", "dynamic-B", "gradual"]
 )
 def test_two_sharded_processes_decide_the_masks_of_one(sharded, method):
     worker = load_worker()

@@ -5,6 +5,7 @@ The reference shares no code with the package: dense products, block sums by ind
 
 import copy
 import dataclasses
+import zlib
 
 import pytest
 import torch
@@ -61,14 +62,35 @@ def top(scores, candidates, sparsity):
     return mask
 
 
+def hard_concrete(scores, module, language, batch):
+    """Gates of arXiv 1712.01312, equations 10 and 11, of logits 2 above the scores."""
+    seed = zlib.crc32(f"{module}/{LANGUAGES.index(language)}/{batch}".encode())
+    u = torch.empty_like(scores).uniform_(1e-6, 1 - 1e-6, generator=torch.Generator().manual_seed(seed))
+    s = torch.sigmoid((torch.log(u) - torch.log(1 - u) + scores + 2) / (2 / 3))
+    return torch.clamp(s * 1.2 - 0.1, 0, 1)
+
+
 def reference(
-    model, batches, make_optimizer, *, shared, inside, score, fixed=None, cubic=True, masks=None, begin=0.0, after=False
+    model,
+    batches,
+    make_optimizer,
+    *,
+    shared,
+    inside,
+    score,
+    fixed=None,
+    cubic=True,
+    masks=None,
+    begin=0.0,
+    after=False,
+    hard=False,
+    scale_lr=0.0,
 ):
     """Train `model` (Linear, Tanh, Linear), yield ([weights], {language: [block masks, flat]}) after every step.
 
     shared: one mask. inside: variant B (update and candidates inside the mask, moments of lost blocks zeroed).
     fixed: masks that stay. cubic: False: TARGET from the start. masks, begin: those to begin with, and their sparsity.
-    after: updates inside the mask once masks are fixed.
+    after: updates inside the mask once masks are fixed. hard: hard-concrete gates. scale_lr: of a factor per block.
     """
     weights, biases = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
     index = [block_index(w) for w in weights]
@@ -80,11 +102,20 @@ def reference(
         average = {name: [(n / n.mean()).requires_grad_() for n in norms] for name in LANGUAGES}
         adam = {name: torch.optim.Adam(average[name], lr=0.05, betas=(0.9, 0.98), eps=1e-12) for name in LANGUAGES}
     seen = dict.fromkeys(LANGUAGES, 0)
+    scales = [torch.ones(int(i.max()) + 1, requires_grad=True) for i in index]
+    scaling = torch.optim.Adam(scales, lr=scale_lr, betas=(0.9, 0.98), eps=1e-12)
     optimizer = make_optimizer(model.parameters())
     for step, (name, x, y) in enumerate(batches, 1):
         dense = [m[i] for m, i in zip(masks[name], index, strict=True)]
         inside = inside or (after and step > FREEZE)
-        used = [w * d if inside else w + (w * d - w).detach() for w, d in zip(weights, dense, strict=True)]
+        gates = [torch.ones_like(scale) for scale in scales]
+        if hard and step <= FREEZE:
+            gates = [
+                hard_concrete(s, module, name, seen[name]) for module, s in zip((0, 2), average[name], strict=True)
+            ]
+        factors = [(g * s).detach()[i] for g, s, i in zip(gates, scales, index, strict=True)]
+        gated = [w * f.to(w.dtype) for w, f in zip(weights, factors, strict=True)]
+        used = [w * d if inside else w + (w * d - w).detach() for w, d in zip(gated, dense, strict=True)]
         loss = F.mse_loss(F.linear(torch.tanh(F.linear(x, used[0], biases[0])), used[1], biases[1]), y)
         optimizer.zero_grad()
         loss.backward()
@@ -105,9 +136,17 @@ def reference(
                 elif score == "movement":
                     average[name][layer] -= block_sum(w.float() * w.grad.float(), index[layer])
                 elif score == "learned" and step <= FREEZE:
-                    average[name][layer].grad = block_sum(w.float() * w.grad.float(), index[layer])
+                    moved = block_sum(w.float() * w.grad.float(), index[layer])
+                    scales[layer].grad = moved / scales[layer].detach()
+                    average[name][layer].grad = moved
+                    if hard:
+                        gate = gates[layer]
+                        through = torch.where(gate > 0, moved / gate, 0.0).detach()
+                        (average[name][layer].grad,) = torch.autograd.grad(gate, average[name][layer], through)
             if score == "learned" and step <= FREEZE:
                 adam[name].step()
+            if scale_lr and step <= FREEZE:
+                scaling.step()
             s = TARGET + (begin - TARGET) * (1 - min(1, step / (STEPS // 2))) ** 3 if cubic else TARGET
             count = step if shared else seen[name]
             everyone = step == FREEZE or (cubic and step == STEPS // 2)
@@ -129,6 +168,10 @@ def reference(
                         for value in optimizer.state[w].values():
                             if torch.is_tensor(value) and value.shape == w.shape:
                                 value[lost[index[layer]]] = 0.0
+            if scale_lr and step == FREEZE:  # the factors become part of the weights
+                for w, scale, i in zip(weights, scales, index, strict=True):
+                    w *= scale[i].to(w.dtype)
+                    scale.fill_(1.0)
         yield [w.detach().clone() for w in weights], dict(masks)
 
 
@@ -169,6 +212,20 @@ CASES = {
     "dynamic-learned": (
         prune.methods.dynamic_asr_pathways(LANGUAGES, TARGET, score="learned", **COMMON),
         dict(shared=False, inside=False, score="learned"),
+    ),
+    "dynamic-hard-concrete": (
+        prune.methods.dynamic_asr_pathways(LANGUAGES, TARGET, score=sp.Learned(gate="hard-concrete"), **COMMON),
+        dict(shared=False, inside=False, score="learned", hard=True),
+    ),
+    "dynamic-scaled": (
+        prune.methods.dynamic_asr_pathways(LANGUAGES, TARGET, score=sp.Learned(scale_lr=0.01), **COMMON),
+        dict(shared=False, inside=False, score="learned", scale_lr=0.01),
+    ),
+    "dynamic-hard-concrete-scaled": (
+        prune.methods.dynamic_asr_pathways(
+            LANGUAGES, TARGET, score=sp.Learned(gate="hard-concrete", scale_lr=0.01), **COMMON
+        ),
+        dict(shared=False, inside=False, score="learned", hard=True, scale_lr=0.01),
     ),
     "dynamic-inside-after-freeze": (
         dataclasses.replace(prune.methods.dynamic_asr_pathways(LANGUAGES, TARGET, **COMMON), after_freeze="inside"),
@@ -211,7 +268,9 @@ def test_masks_and_weights_equal_the_reference_at_every_step(method, make_optimi
         for i, layer in enumerate(layers):
             for language in LANGUAGES:
                 assert torch.equal(layer.mask(language).flatten(), masks[language][i]), (step, i, language)
-            torch.testing.assert_close(layer.weight.detach(), weights[i], rtol=1e-9, atol=1e-11)
+            exact = not (settings.get("hard") or settings.get("scale_lr"))  # gates and factors are float32
+            close = dict(rtol=1e-9, atol=1e-11) if exact else dict(rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(layer.weight.detach(), weights[i], **close)
     kept = [layer.mask(name).sum().item() for layer in layers for name in LANGUAGES]
     assert kept == [round((1 - TARGET) * layer.mask().numel()) for layer in layers for _ in LANGUAGES]
     if method.startswith("dynamic-gradient"):

@@ -1,5 +1,6 @@
 """Parts of a plan beyond the paper's methods: scopes, patterns, intervals that follow the churn, initial masks."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -156,11 +157,12 @@ def test_once_masks_are_fixed_a_pathway_moves_its_own_weights_only(toy):
     "change",
     [
         dict(score=sp.Learned(0.05)),
+        dict(score=sp.Learned(0.05, gate="hard-concrete", scale_lr=0.01)),
         dict(score=sp.Movement(0.9), scope="global"),
         dict(churn=0.05),
         dict(after_freeze="inside"),
     ],
-    ids=["learned", "movement-global", "churn", "inside"],
+    ids=["learned", "gates", "movement-global", "churn", "inside"],
 )
 def test_a_resumed_run_has_the_same_bits(toy, change, stop, tmp_path):
     plan = replace(sp.methods.dynamic_asr_pathways(LANGUAGES, 0.6, steps=40), **change)
@@ -187,3 +189,74 @@ def test_a_resumed_run_has_the_same_bits(toy, change, stop, tmp_path):
                 assert torch.equal(value, resumed[2].state[two][key]), (part, key)
     for one, two in zip(toy.layers_of(straight[0]).values(), toy.layers_of(resumed[0]).values(), strict=True):
         assert torch.equal(one.block_mask, two.block_mask)
+
+
+GATED = sp.Learned(gate="hard-concrete", scale_lr=0.02)
+
+
+def gated_plan(**change):
+    return replace(sp.methods.dynamic_asr_pathways(LANGUAGES, 0.6, steps=40, score=GATED), **change)
+
+
+def test_gates_are_drawn_in_training_alone_and_are_gone_with_fixed_masks(toy):
+    model = toy.make_model()
+    optimizer = toy.adamw(model)
+    pruner = sp.Pruner(model, gated_plan(), optimizer)
+    x = torch.randn(4, 10)
+    seen, evaluated = [], {}
+
+    def look(step, name, event):
+        if step == pruner.plan.freeze - 1:
+            with sp.pathway(model, name):
+                evaluated["before"] = model.eval()(x), model(x)
+                seen.append(model.train()(x))
+                seen.append(model(x))  # the same batch has the same gates
+
+    toy.train(model, pruner, optimizer, toy.turns(pruner.plan.freeze - 1), after=look)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(*evaluated["before"])
+    assert (seen[0] - evaluated["before"][0]).abs().max() > 1e-3
+    gate = next(iter(toy.layers_of(model).values())).gates("en", True)
+    scale = next(iter(toy.layers_of(model).values())).gates("en", False)
+    drawn = gate / scale
+    assert 0.0 <= drawn.min() and drawn.max() <= 1.0 + 1e-6 and (drawn < 0.9).any() and (drawn > 0.99).any()
+    assert (scale - 1.0).abs().max() > 0.01
+
+    with torch.no_grad():
+        pruner._fold_scales()
+    pruner._set_gates(on=False)
+    with sp.pathway(model, toy.turns(pruner.plan.freeze - 1)[-1]):
+        torch.testing.assert_close(model(x), evaluated["before"][0])
+
+
+def test_layers_forget_their_gates(toy):
+    model = toy.make_model()
+    optimizer = toy.adamw(model)
+    pruner = sp.Pruner(model, gated_plan(), optimizer)
+    layers = toy.layers_of(model).values()
+    assert all(layer.gates is not None for layer in layers)
+    assert all(layer.gates is None for layer in toy.layers_of(copy.deepcopy(model)).values())
+    copied = copy.deepcopy((model, optimizer, pruner))
+    assert all(layer.gates.args and layer.gates.func.__self__ is copied[2] for layer in copied[2].layers.values())
+    toy.train(*(copied[0], copied[2], copied[1]), toy.turns(40), seed=2)
+    toy.train(model, pruner, optimizer, toy.turns(40), seed=2)
+    assert all(layer.gates is None for layer in layers)  # masks are fixed
+    for one, two in zip(model.parameters(), copied[0].parameters(), strict=True):
+        assert torch.equal(one, two)
+    again = sp.Pruner(model, gated_plan(), toy.adamw(model))
+    again.detach()
+    assert all(layer.gates is None for layer in layers)
+
+
+def test_the_gates_of_an_lstm():
+    torch.manual_seed(0)
+    model = sp.sparsify_(nn.ModuleList([nn.LSTM(8, 16, batch_first=True)]), (8, 1), LANGUAGES)
+    pruner = sp.Pruner(model, gated_plan(), torch.optim.SGD(model.parameters(), lr=0.1))
+    x = torch.randn(2, 5, 8)
+    plain = model.eval()[0](x)[0]
+    assert (model.train()[0](x)[0] - plain).abs().max() > 1e-4
+    model[0](x)[0].square().mean().backward()
+    before = {name: pruner._memory.tensors[name].clone() for name in pruner.layers}
+    pruner.step("en")
+    for name, value in before.items():
+        moved = (pruner._memory.tensors[name] - value)[:, 0].abs().amax((1, 2))
+        assert moved[0] > 1e-3 and moved[1] == 0.0

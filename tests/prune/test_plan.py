@@ -4,7 +4,7 @@ import json
 import pytest
 
 from sparse_pathways.mask import Constant, Cubic, Milestones
-from sparse_pathways.prune import Gradient, Magnitude, Movement, PruningPlan, methods
+from sparse_pathways.prune import Gradient, Learned, Magnitude, Movement, PruningPlan, methods
 
 PLANS = {
     "constant": PruningPlan(schedule=Constant(0.7), interval=10),
@@ -75,6 +75,12 @@ BAD = [
         ValueError,
         r"after_freeze = 'inside' with freeze = None",
     ),
+    (
+        "scale-for-ever",
+        dict(score=Learned(scale_lr=0.1), freeze=None),
+        ValueError,
+        r"Learned\.scale_lr = 0\.1 with freeze = None: .* set freeze, or scale_lr = 0",
+    ),
     ("after_freeze-name", dict(after_freeze="B"), ValueError, r"PruningPlan\.after_freeze = 'B'; choose one of same"),
     ("candidates", dict(candidates="some"), ValueError, r"PruningPlan\.candidates = 'some'; choose one of all, kept"),
     ("masks", dict(masks="both"), ValueError, r"PruningPlan\.masks = 'both'; choose one of own, shared"),
@@ -105,12 +111,25 @@ def test_bad_fields_are_named(change, error, message):
         (lambda: Cubic(0, 0.7, 100, 50), r"Cubic\.begin = 100, end = 50; want 0 <= begin <= end"),
         (lambda: Magnitude("max"), r"Magnitude\.norm = 'max'; choose one of l1, l2"),
         (lambda: Gradient(1.0), r"Gradient\.decay = 1\.0; want 0 <= decay < 1"),
+        (lambda: Learned(gate="soft"), r"Learned\.gate = 'soft'; choose one of straight-through, hard-concrete"),
+        (lambda: Learned(scale_lr=-1.0), r"Learned\.scale_lr = -1\.0; want 0"),
         (lambda: methods.lap(sparsity=70), r"sparsity = 70; want a share"),
         (lambda: methods.lap(steps=1), r"steps = 1; want at least 2"),
         (lambda: methods.lap(start=0.5), r"start = 0\.5 shapes the schedule made from steps"),
         (lambda: methods.lap(schedule=Constant(0.9)), r"sparsity = 0\.7, but .* ends at 0\.9; make them equal"),
     ],
-    ids=["constant", "cubic", "norm", "decay", "method-sparsity", "method-steps", "method-start", "method-schedule"],
+    ids=[
+        "constant",
+        "cubic",
+        "norm",
+        "decay",
+        "gate",
+        "scale",
+        "method-sparsity",
+        "method-steps",
+        "method-start",
+        "method-schedule",
+    ],
 )
 def test_bad_parts_are_named(build, message):
     with pytest.raises(ValueError, match=message):

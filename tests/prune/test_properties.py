@@ -167,6 +167,8 @@ def test_bad_new_pathways_are_refused():
     assert sp.pathways(model) == ("a",)
     with pytest.raises(ValueError, match="does not tell blocks that help from blocks that harm"):
         sp.methods.new_pathway("b", steps=10, score="magnitude")
+    with pytest.raises(ValueError, match=r"factors of blocks would change the weights of the other pathways"):
+        sp.methods.new_pathway("b", steps=10, score=sp.Learned(scale_lr=0.1))
     with pytest.raises(ValueError, match=r"model is packed; unpack_\(model\)"):
         sp.add_pathway_(sp.pack(model), "b")
 
