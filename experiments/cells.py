@@ -151,7 +151,7 @@ class Comparisons:
 
     def sweep(self) -> Iterator[Cell]:
         """Sparsity against errors."""
-        for sparsity in (0.8, 0.95, 0.5):
+        for sparsity in (0.8, 0.95, 0.5, 0.6, 0.3):
             yield from self.cells_of([self.lap_row(sparsity), self.dynamic_row(sparsity)], sparsity, self.seeds[:2])
 
     def controls(self) -> Iterator[Cell]:

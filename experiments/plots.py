@@ -10,7 +10,7 @@ from experiments.statistics import Results, Row
 from sparse_pathways.report.figures import COLOURS, to_svg
 
 SWEPT = (("lap", "one shared mask"), ("pathways-lsp", "fixed pathways (LSP)"), ("dynamic-wg", "dynamic pathways"))
-SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
+SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 FOLLOWED = ("lap", "pathways-lsp", "dynamic-magnitude", "dynamic-lap70", "dynamic-wg")
 
 

@@ -252,6 +252,46 @@ def monolingual(results: Results) -> list[str]:
     return [*lines, "", *claim_lines(results, claims), ""]
 
 
+def parity(results: Results) -> list[str]:
+    """How far one can prune before errors pass those of dense by more than 5 %, relative."""
+    lines = [
+        "## Where pruning is free",
+        "",
+        f"The sparsity up to which a method stays within {SAME:.0%}, relative, of a dense model: same seeds, linear "
+        "between the sparsities that were measured (in brackets).",
+        "",
+        _line(["method", "of dense, as pruning begins", "of dense, trained on for as many steps"]),
+        _line(["---"] * 3),
+    ]
+    for name, label in plots.SWEPT:
+        cells = [_parity_cell(results, name, dense) for dense in ("dense", "tuned")]
+        if any(cells):
+            lines.append(_line([label, *cells]))
+    return [*lines, ""] if len(lines) > 6 else []
+
+
+def _parity_cell(results: Results, name: str, dense: str) -> str:
+    base = results.row(dense, 0.0)
+    points = []
+    for sparsity in plots.SPARSITIES:
+        row = results.row(name, sparsity)
+        found = results.compare(row, base) if row is not None and base is not None else None
+        if found is not None:
+            points.append((sparsity, found.relative))
+    if not points:
+        return ""
+    measured = f"({', '.join(f'{s:.0%}' for s, _ in points)})"
+    last = None
+    for sparsity, relative in points:
+        if relative > SAME:
+            if last is None:
+                return f"below {sparsity:.0%} {measured}"
+            share = (SAME - last[1]) / (relative - last[1])
+            return f"{last[0] + share * (sparsity - last[0]):.0%} {measured}"
+        last = sparsity, relative
+    return f"at least {points[-1][0]:.0%} {measured}"
+
+
 def write_all(study: Study, cells: Sequence[Cell], folder: Path, out: Path) -> None:
     """The page and its plots."""
     wanted: dict[tuple[str, float], list[int]] = defaultdict(list)
@@ -273,6 +313,7 @@ def write_all(study: Study, cells: Sequence[Cell], folder: Path, out: Path) -> N
     for table in TABLES:
         lines += write_table(results, table)
     lines += monolingual(results)
+    lines += parity(results)
     lines += plots.write_plots(results, out / PLOTS)
     if results.stale:
         lines += ["", f"Results of other settings, left out: {', '.join(results.stale)}."]

@@ -209,6 +209,26 @@ def test_a_difference_that_one_seed_denies_is_open(tmp_path):
     assert min(difference.by_seed) < 0 < max(difference.by_seed) and difference.verdict() == "open"
 
 
+def test_the_sparsity_that_still_equals_dense_lies_where_errors_cross(tmp_path):
+    from experiments.tables import parity
+
+    found = [fake("dense", 0, 0.1, sparsity=0.0)]
+    for share, rate in ((0.5, 0.1), (0.7, 0.1), (0.9, 0.15)):  # equal up to 70 %, 50 % worse at 90 %
+        found.append({**fake("lap", 0, rate, sparsity=share), "key": f"lap{share}"})
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for one in found:
+        for language in one["test"].values():
+            language["wer"] = 0.75 if one["sparsity"] == 0.9 else 0.5
+        (folder / f"{one['name']}-{one['sparsity']}.json").write_text(json.dumps(one))
+    from experiments.statistics import Results
+
+    keys = {f"{one['name']}-{one['sparsity']}": one["key"] for one in found}
+    results = Results(folder, {(one["name"], one["sparsity"]): [0] for one in found}, keys)
+    line = next(line for line in parity(results) if line.startswith("| one shared mask"))
+    assert "| 72% (50%, 70%, 90%) |" in line  # 5 % of 50 %, a tenth of the way from 70 to 90 %
+
+
 def test_missing_seeds_and_stale_files_are_said(tmp_path):
     from experiments.tables import Claim, claim_lines
 
