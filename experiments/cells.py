@@ -13,6 +13,7 @@ from experiments.stages import LANGUAGES, Cell, Study, check_cells
 from sparse_pathways.asr.config import CorpusConfig
 
 FIRST = ("dynamic-long", "lap-long", "dynamic-inside", "dynamic-distil")  # of the options
+SECOND = ("dynamic-lap50-wg", "dynamic-learned", "dynamic-hard", "dynamic-scaled", "dynamic-start50", "dynamic-churn")
 ALL_SEEDS = ("long", "lap-long")  # of the options: as many steps as LSP masks and what follows them
 
 Phases = tuple[sp.Phase, ...]
@@ -254,8 +255,9 @@ class Comparisons:
                 *self.controls(),
                 *self.sweep(),
                 *self.table_b(),
-                *self.option_cells(),
+                *(cell for name in SECOND for cell in self.option_cells() if cell.name == name),
                 *self.table_a(),
+                *self.option_cells(),
                 *self.pattern_cells(),
             ]
         )

@@ -49,7 +49,7 @@ struct Strips {
   const uint16_t* ids;
   const int32_t* begin;
   int n, k;
-  int p;               // outputs per strip: 8, 16, 32 or 64
+  int p;               // outputs per strip: 8, 16 or 32
   int strips, chunks;  // ceil(n / p), ceil(k / 512)
 };
 

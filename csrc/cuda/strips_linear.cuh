@@ -2,7 +2,7 @@
 //
 // x, y    row-major; x with any row stride (16-byte loads where it and the base allow), y and residual contiguous
 // Maths   operands as they are, sums in float; bias, activation and residual in float; rounded once at the store
-// Limits  P = 8, 16, 32, 64; float16, bfloat16, float32; M, N, K free; 2^31 octets; an empty list yields its bias
+// Limits  P = 8, 16, 32; float16, bfloat16, float32; M, N, K free; 2^31 octets; an empty list yields its bias
 // Cost    a block of 64 or 128 rows stages its x once (K <= 512) and walks over the strips: per 16 rows and 16 gathered
 //         inputs one ldmatrix of 4 shared-memory clocks and P / 8 mma.sync. P = 8 is bound by shared memory, from
 //         P = 32 on by the tensor cores; weights are read once per row tile, from L2. 16 rows (few rows): each list is
@@ -24,14 +24,14 @@ struct Plan {
   static constexpr int kTiles = kBM / 16;
   static constexpr int kSums = kBytes<T> == 2 ? 16 : 8;  // in units of 4; floats need registers for both halves
   static constexpr int kFit = kSums / (kP / 8);
-  static constexpr int kMT = kFew ? 1 : kFit < kTiles ? (kFit > 0 ? kFit : 1) : kTiles;
+  static constexpr int kMT = kFew ? 1 : kFit < kTiles ? kFit : kTiles;
   static constexpr int kSW = kFew ? 1 : kFit / kMT > 1 ? kFit / kMT : 1;
   static constexpr int kSplit = kFew ? (kP >= 32 ? 8 : 4) : 1;
   static constexpr int kRowWarps = kTiles / kMT;
   static constexpr int kStripWarps = kWarps / kRowWarps / kSplit;
   static constexpr int kStrips = kStripWarps * kSW;  // of one pass of the block
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kStage = kFew ? 8 : kBM == 64 && kBytes<T> == 2 ? 1 : 1;  // chunks in shared memory at most
+  static constexpr int kStage = kFew ? 8 : 1;  // chunks in shared memory at most
   static constexpr int kPartialBytes = kSplit > 1 ? kWarps * kP / 8 * 4 * 32 * 4 : 0;
   static_assert(kRowWarps * kMT == kTiles && kStripWarps > 0 && kStripWarps * kRowWarps * kSplit == kWarps);
 };
@@ -262,10 +262,8 @@ const char* linear_of(const LinearArgs& args, int multiprocessors, Stream stream
       return by_tile<T, 16>(args, multiprocessors, stream, only_geometry);
     case 32:
       return by_tile<T, 32>(args, multiprocessors, stream, only_geometry);
-    case 64:
-      return by_tile<T, 64>(args, multiprocessors, stream, only_geometry);
     default:
-      return "strips are 8, 16, 32 or 64 outputs high";
+      return "strips are 8, 16 or 32 outputs high";
   }
 }
 

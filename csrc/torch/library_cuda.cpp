@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> strips_pack_cuda(const Tensor& source
                                                             int64_t r, int64_t c, int64_t p, int64_t capacity) {
   const int32_t device = source.get_device_index();
   const DeviceGuard guard(device);
-  STD_TORCH_CHECK(p == 8 || p == 16 || p == 32 || p == 64, "p = ", p, "; want 8, 16, 32 or 64");
+  STD_TORCH_CHECK(p == 8 || p == 16 || p == 32, "p = ", p, "; want 8, 16 or 32");
   const bool dense = source.dim() == 2;
   check_dense(source, "source", dense ? 2 : 3);
   cuda::PackArgs args{};

@@ -40,7 +40,7 @@ torch.library.define("sparse_pathways::lists_jobs", "(int rows, int cols) -> int
 torch.library.define("sparse_pathways::lists_work", "(int rows, int cols) -> int")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HEIGHTS = (64, 32, 16, 8)
+HEIGHTS = (32, 16, 8)  # a strip of 64 would need twice the registers, or read its values twice
 LSTM_HEIGHT = 8
 SHARED_BYTES, LSTM_PARTIAL_BYTES = 160 << 10, 16 << 10  # kMaxSharedBytes, kPartialBytes of csrc/cuda
 UNION_SAVES = 0.8  # strips of 16 for 8-high blocks: fewer lists, more zeros; from this share of octets on they pay
@@ -94,7 +94,7 @@ def strips_of(packed: PackedWeight, index: BlockIndex, height: int | None = None
     Args:
         packed: float weight on a CUDA device.
         index: of the pathway, from `packed.index`.
-        height: outputs per strip; None chooses: as high as the blocks, at most 64; for 8-high blocks also 16, where
+        height: outputs per strip; None chooses: as high as the blocks, at most 32; for 8-high blocks also 16, where
             neighbouring block rows keep much the same inputs.
     """
     number = next(i for i, one in enumerate(packed.indices) if one is index)

@@ -45,7 +45,7 @@ void print_counts() {
   const char* separator = "[";
   for (const int tile : {16, 64, 128}) {
     for (const int k : {512, 2048}) {
-      for (const auto& [r, p] : {std::pair{8, 8}, {8, 16}, {16, 16}, {32, 32}, {64, 64}}) {
+      for (const auto& [r, p] : {std::pair{8, 8}, {8, 16}, {16, 16}, {32, 32}, {64, 32}}) {
         for (const double density : {0.5, 0.3, 0.2, 0.1}) {
           printf("%s\n{\"tile_m\": %d, \"k\": %d, \"r\": %d, \"p\": %d, \"density\": %.2f", separator, tile, k, r, p,
                  density);
