@@ -28,7 +28,7 @@ from sparse_pathways.nn import (
     sparsify_,
     unpack_,
 )
-from sparse_pathways.ops import masked_linear, sparse_linear, sparse_lstm_cell
+from sparse_pathways.ops import StaticLayouts, masked_linear, sparse_linear, sparse_lstm_cell
 from sparse_pathways.prune import (
     GIVEN,
     Gradient,
@@ -68,6 +68,7 @@ __all__ = [
     "Recommendation",
     "SparseLSTM",
     "SparseLinear",
+    "StaticLayouts",
     "add_pathway_",
     "begin_phase_",
     "block_scores",

@@ -18,6 +18,7 @@ using Stream = CUstream_st*;
 enum class Dtype : int { kFloat, kHalf, kBf16 };
 
 constexpr int kMaxSharedBytes = 160 << 10;  // of one block: what sm_80 and sm_90 have to give
+constexpr int kMaxGridY = 65535;            // blocks along y of one launch
 
 inline size_t size_of(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
 
@@ -167,6 +168,7 @@ constexpr int64_t lists_work(int rows, int cols) {
 struct ListsArgs {
   const ListsLayer* layers;
   const int32_t* first;
+  int32_t* ticket;  // [2], zero before the first launch, and zero again after each
   int count;
 };
 

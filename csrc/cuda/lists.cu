@@ -2,7 +2,7 @@
 //
 // Nothing leaves the device: memory has a fixed capacity, the number of blocks stays in `state`, and so a graph can be
 // captured once and replayed over changing masks. Two phases. The blocks of the second wait for all of the first of the
-// same layer; they have higher numbers, so what they wait for has been started before.
+// same layer. Blocks take their numbers from a ticket as they start, so what they wait for has been started before.
 //   1  rows: count, prefix at every 32nd column, bits   columns: count
 //   2  rows: crow, col, row                             columns: crow_t, row_t, pos_t
 // A warp takes a row, or 32 columns; the place of a block in row order is the count of the rows above, plus the prefix,
@@ -155,14 +155,18 @@ __device__ __forceinline__ void fill_columns(const Layer& layer, const Work& wor
 __global__ void __launch_bounds__(kThreads) mask_lists(const __grid_constant__ ListsArgs args) {
   int* sums = reinterpret_cast<int*>(shared_memory());
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  if (threadIdx.x == 0) sums[0] = atomicAdd(&args.ticket[0], 1);
+  __syncthreads();
+  const int number = sums[0];
+  __syncthreads();                 // before `sums` is written again
   int low = 0, high = args.count;  // the last layer that begins at or before this block
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    (args.first[middle] <= static_cast<int>(blockIdx.x) ? low : high) = middle;
+    (args.first[middle] <= number ? low : high) = middle;
   }
   const Layer layer(args.layers[low]);
   const int by_row = row_blocks(layer.rows), half = by_row + lists_stripes(layer.cols);
-  int job = static_cast<int>(blockIdx.x) - args.first[low];
+  int job = number - args.first[low];
   const Work work{layer.work, layer.work + 2, layer.work + 2 + layer.rows, layer.work + 2 + layer.rows + layer.cols};
 
   const bool first_phase = job < half;
@@ -198,6 +202,7 @@ __global__ void __launch_bounds__(kThreads) mask_lists(const __grid_constant__ L
     layer.state[kEpoch] += 1;
     work.tickets[0] = work.tickets[1] = 0;
   }
+  if (atomicAdd(&args.ticket[1], 1) == static_cast<int>(gridDim.x) - 1) args.ticket[0] = args.ticket[1] = 0;
 }
 
 }  // namespace

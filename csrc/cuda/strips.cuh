@@ -160,7 +160,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[kMT][kP / 8][4], const S
     Octet<T, kP> low, high;
     int k = 0, o = begin + 2 * part;
     if (o + 1 < end) {
-      k = w.ids[o * 8 + slot];
+      k = w.ids[int64_t{o} * 8 + slot];
       low.load_from(w.values, o, lane);
       high.load_from(w.values, o + 1, lane);
     }
@@ -169,7 +169,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[kMT][kP / 8][4], const S
       const uint32_t at = address(k);
       o += 2 * parts;
       if (o + 1 < end) {  // the next pair is under way while this one is multiplied
-        k = w.ids[o * 8 + slot];
+        k = w.ids[int64_t{o} * 8 + slot];
         low.load_from(w.values, o, lane);
         high.load_from(w.values, o + 1, lane);
       }
@@ -183,7 +183,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[kMT][kP / 8][4], const S
     }
     if (o < end) {  // the odd last octet
       low.load_from(w.values, o, lane);
-      const uint32_t at = address(w.ids[o * 8 + (lane & 7)]);
+      const uint32_t at = address(w.ids[int64_t{o} * 8 + (lane & 7)]);
       SP_UNROLL
       for (int i = 0; i < kMT; ++i) {
         uint32_t a[2];
@@ -200,8 +200,8 @@ __device__ __forceinline__ void accumulate(float (&acc)[kMT][kP / 8][4], const S
       uint32_t at[2];
       SP_UNROLL
       for (int h = 0; h < 2; ++h) {
-        at[h] =
-            Layout::offset(w.ids[o * 8 + t + 4 * h], static_cast<uint32_t>(g) / 4) ^ static_cast<uint32_t>(mt0) * 64;
+        at[h] = Layout::offset(w.ids[int64_t{o} * 8 + t + 4 * h], static_cast<uint32_t>(g) / 4) ^
+                static_cast<uint32_t>(mt0) * 64;
       }
       SP_UNROLL
       for (int i = 0; i < kMT; ++i) {

@@ -31,7 +31,7 @@ struct Plan {
   static constexpr int kStripWarps = kWarps / kRowWarps / kSplit;
   static constexpr int kStrips = kStripWarps * kSW;  // of one pass of the block
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kStage = kFew ? 8 : 1;  // chunks in shared memory at most
+  static constexpr int kStage = kFew ? 16 / kBytes<T> : 1;  // chunks in shared memory at most: 128 KB for few rows
   static constexpr int kPartialBytes = kSplit > 1 ? kWarps * kP / 8 * 4 * 32 * 4 : 0;
   static_assert(kRowWarps * kMT == kTiles && kStripWarps > 0 && kStripWarps * kRowWarps * kSplit == kWarps);
 };
@@ -226,8 +226,11 @@ Geometry geometry(const LinearArgs& args, int multiprocessors) {
   const int64_t wanted = (2 * static_cast<int64_t>(multiprocessors) + tiles - 1) / tiles;
   const int64_t columns = P::kFew || wanted > passes ? passes : wanted;
   const int held = w.k < P::kStage * kChunk ? w.k : P::kStage * kChunk;
-  return {static_cast<unsigned>(tiles), static_cast<unsigned>(columns > 0 ? columns : 1), P::kThreads,
-          static_cast<size_t>(tile_rows(held)) * Tile<T, kBM>::kRow + P::kPartialBytes};
+  return {static_cast<unsigned>(tiles),
+          static_cast<unsigned>(columns < 1           ? 1
+                                : columns > kMaxGridY ? kMaxGridY
+                                                      : columns),
+          P::kThreads, static_cast<size_t>(tile_rows(held)) * Tile<T, kBM>::kRow + P::kPartialBytes};
 }
 
 template <typename T, int kP, int kBM>

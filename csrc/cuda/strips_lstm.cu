@@ -161,6 +161,7 @@ size_t shared_bytes(const LstmStepArgs& args, Dtype dtype) {
 
 template <typename T>
 const char* run(const LstmStepArgs& args, Dtype dtype, Stream stream) {
+  if (args.rows > kMaxGridY * kRows) return "more than 1048560 rows";
   const dim3 grid(static_cast<unsigned>(args.hidden / 8), static_cast<unsigned>((args.rows + kRows - 1) / kRows));
   return launch<strips_lstm_step<T>>(grid, kThreads, shared_bytes(args, dtype), stream, args);
 }

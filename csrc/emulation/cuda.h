@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/kernels.h"
 #include "emulation/engine.h"
 
 #define __global__
@@ -208,11 +209,16 @@ SP_OUTLINE int load_acquire(const int* from) {
 
 // Blocks run one after the other: a condition that does not hold now never will.
 SP_OUTLINE void wait_for(const int* counter, int value) {
-  if (load_acquire(counter) < value) emulation::fault(SP_SITE, "this block waits for one that starts after it");
+  const int arrived = load_acquire(counter);
+  if (arrived < value) emulation::fault(SP_SITE, "this block waits for one that starts after it");
+  if (arrived > value) emulation::fault(SP_SITE, "this block does not wait for all that arrive here");
 }
 
 template <auto kKernel, typename Args>
 const char* launch(dim3 grid, int threads, size_t shared_bytes, cudaStream_t, const Args& args) {
+  if (shared_bytes > cuda::kMaxSharedBytes || grid.y > cuda::kMaxGridY || grid.z > cuda::kMaxGridY) {
+    return "invalid argument";
+  }
   emulation::run(grid, threads, shared_bytes, [&] { kKernel(args); });
   return nullptr;
 }

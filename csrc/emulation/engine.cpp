@@ -76,7 +76,7 @@ namespace {
 std::vector<char*> stacks;
 const std::function<void()>* kernel = nullptr;
 Context scheduler;
-uint64_t block_limit = 0;
+uint64_t block_limit = 0, first_block = 0;
 
 #if defined(__SANITIZE_ADDRESS__)
 void* host_fake_stack;
@@ -136,6 +136,8 @@ void release_barrier() {
     if (site != nullptr && thread->site != site) fault(thread->site, "threads of one block wait at different barriers");
     site = thread->site;
     thread->state = State::kReady;
+    if (thread->dirty != 0) block_dirty = block_dirty == 0 ? thread->dirty : std::min(block_dirty, thread->dirty);
+    thread->dirty = 0;
   }
 }
 
@@ -183,12 +185,14 @@ void start_block(Index grid, Index block, int count) {
     thread.state = State::kReady;
     thread.id = number * 1024 + static_cast<unsigned>(i) + 1;
     thread.fenced = thread.met_atomic = false;
+    thread.dirty = 0;
     thread.events.clear();
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(thread.stack, kStackBytes);  // its last frames were left, not returned from
 #endif
     prepare(*thread.context, thread.stack, thread_main);
   }
+  block_dirty = 0;
   for (Warp& warp : warps) warp = Warp{};
   memset(shared_memory_now, 0xff, shared_bytes_now);  // NaN, and ids that are out of range
   std::fill(regions[0].cells.begin(), regions[0].cells.end(), Cell{});
@@ -215,6 +219,7 @@ void set_up_threads(int count) {
 
 // --- host -----------------------------------------------------------------------------------------------------------
 void limit_blocks(uint64_t limit) { block_limit = limit; }
+void skip_blocks(uint64_t count) { first_block = count; }
 
 void run(Index grid, int count, size_t shared_bytes, const std::function<void()>& body) {
   if (count % static_cast<int>(kWarp) != 0 || count > 1024) abort();
@@ -237,7 +242,7 @@ void run(Index grid, int count, size_t shared_bytes, const std::function<void()>
   kernel = &body;
   set_up_threads(count);
   std::mt19937 rng(20230913);
-  for (uint64_t b = 0; b < (block_limit > 0 ? std::min(block_limit, blocks) : blocks); ++b) {
+  for (uint64_t b = first_block; b < (block_limit > 0 ? std::min(block_limit, blocks) : blocks); ++b) {
     const Index block{static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                       static_cast<unsigned>(b / grid.x / grid.y)};
     start_block(grid, block, count);

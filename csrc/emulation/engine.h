@@ -42,9 +42,11 @@ void watch(const void* begin, size_t bytes, const char* name, Access access);
 void forget(const void* begin);
 void watch_nothing();
 
-// Runs `body` once per thread of the grid, blocks one after the other; `limit` > 0 stops after so many blocks.
+// Runs `body` once per thread of the grid, blocks one after the other; `limit` > 0 stops after so many blocks, and the
+// first `count` are skipped.
 void run(Index grid, int threads, size_t shared_bytes, const std::function<void()>& body);
 void limit_blocks(uint64_t limit);
+void skip_blocks(uint64_t count);
 
 Counters take_counters();
 std::vector<std::string> take_faults();

@@ -30,6 +30,7 @@ struct Thread {
   const void* site = nullptr;  // where it waits
   unsigned id = 0;             // unique within a launch
   bool fenced = false, met_atomic = false;
+  uint32_t dirty = 0;  // time of its first write to global memory that no fence covers; 0: none
   std::vector<Event> events;
 };
 
@@ -71,6 +72,8 @@ inline size_t shared_bytes_now = 0;
 inline Thread* now = nullptr;         // null: the host runs
 inline uint32_t interval = 0;         // counts barriers, and blocks
 inline std::vector<Visible> visible;  // per block of the launch
+inline uint32_t block_dirty =
+    0;  // like Thread::dirty, of the writes before the last barrier: any thread's fence covers them
 inline Counters counted;
 
 // Puts the accesses of a warp since its lanes last met together to instructions, and counts them.

@@ -150,6 +150,7 @@ void check_race(Region& region, uintptr_t address, size_t bytes, const void* sit
     Cell& cell = region.cells[c];
     if (!ordered(cell.write, *me)) report_race(region, address, cell.write, true, site, write);
     if (write) {
+      if (!region.shared && now->dirty == 0) now->dirty = mark.time;
       for (const Mark& read : cell.read) {
         if (!ordered(read, *me)) report_race(region, address, read, false, site, write);
       }
@@ -176,12 +177,22 @@ static Region* find(uintptr_t address) {
 // --- accesses, fences -----------------------------------------------------------------------------------------------
 void fence() {
   now->fenced = true;
+  now->dirty = block_dirty = 0;
   if (now->met_atomic) visible[(now->id - 1) / 1024].acquired = ++clock_now;
 }
 
 void atomic(const void*, void*, size_t) {
   ++counted.global_atomics;
-  if (now->fenced) visible[(now->id - 1) / 1024].released = ++clock_now;
+  if (now->fenced) {
+    // What is not behind a fence of the thread that wrote it, or of any thread after a barrier, is not released.
+    uint32_t until = ++clock_now;
+    if (block_dirty != 0) until = std::min(until, block_dirty);
+    for (const auto& thread : threads) {
+      if (thread->dirty != 0) until = std::min(until, thread->dirty);
+    }
+    uint32_t& released = visible[(now->id - 1) / 1024].released;
+    released = std::max(released, until);
+  }
   now->met_atomic = true;
   now->fenced = false;
 }

@@ -60,12 +60,18 @@ int to_int(int64_t value, const char* name) {
   return static_cast<int>(value);
 }
 
+// What a kernel reads must lie where it runs.
+void check_device(const Tensor& tensor, const char* name, int32_t device) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device, name, " is not on CUDA device ", device);
+}
+
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // A vector of the type of `like`, or null.
 const void* vector_data(const std::optional<Tensor>& tensor, const char* name, int64_t numel, const Tensor& like) {
   if (!tensor.has_value()) return nullptr;
   STD_TORCH_CHECK(tensor->is_contiguous() && tensor->numel() == numel && tensor->is_cuda() &&
+                      tensor->get_device_index() == like.get_device_index() &&
                       tensor->scalar_type() == like.scalar_type(),
                   name, " must be contiguous, of x's dtype and device, ", numel, " elements");
   return tensor->const_data_ptr();
@@ -78,6 +84,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> strips_pack_cuda(const Tensor& source
   const int32_t device = source.get_device_index();
   const DeviceGuard guard(device);
   STD_TORCH_CHECK(p == 8 || p == 16 || p == 32, "p = ", p, "; want 8, 16 or 32");
+  check_device(crow, "crow", device);
+  check_device(col, "col", device);
+  if (pos.has_value()) check_device(*pos, "pos", device);
   const bool dense = source.dim() == 2;
   check_dense(source, "source", dense ? 2 : 3);
   cuda::PackArgs args{};
@@ -122,10 +131,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> strips_pack_cuda(const Tensor& source
   args.ids = static_cast<uint16_t*>(ids.mutable_data_ptr());
   args.values = values.mutable_data_ptr();
   check_launch(cuda::pack_fill(args, stream));
+  // The caller has waited already; now whoever is given these strips later, on whatever stream, finds them filled.
+  STD_TORCH_CHECK(capacity >= 0 || cudaStreamSynchronize(stream) == cudaSuccess, "the strips cannot be filled");
   return {values, ids, begin, state};
 }
 
-cuda::Strips strips_of(const Tensor& values, const Tensor& ids, const Tensor& begin, int64_t n, int64_t k, int64_t p) {
+cuda::Strips strips_of(const Tensor& values, const Tensor& ids, const Tensor& begin, int64_t n, int64_t k, int64_t p,
+                       int32_t device) {
+  check_device(values, "values", device);
+  check_device(ids, "ids", device);
+  check_device(begin, "begin", device);
   check_dense(values, "values", 2);
   check_dense(ids, "ids", 2);
   STD_TORCH_CHECK(ids.scalar_type() == ScalarType::UInt16 && ids.size(1) == 8, "ids must be uint16 [octets, 8]");
@@ -153,7 +168,7 @@ Tensor strips_linear_cuda(const Tensor& x, const Tensor& values, const Tensor& i
   STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::kTanh), "unknown activation");
   cuda::LinearArgs args{};
   const cuda::Dtype dtype = dtype_of(x, "x");
-  args.weight = strips_of(values, ids, begin, n, x.size(1), p);
+  args.weight = strips_of(values, ids, begin, n, x.size(1), p, device);
   args.x = x.const_data_ptr();
   args.x_stride = x.stride(0);
   args.m = x.size(0);
@@ -182,6 +197,8 @@ std::tuple<Tensor, Tensor, Tensor> strips_lstm_cuda(
   check_dense(x, "x", 3);
   check_dense(h, "h", 2);
   check_dense(c, "c", 2);
+  check_device(h, "h", device);
+  check_device(c, "c", device);
   const int64_t steps = x.size(0), rows = x.size(1), width = x.size(2), hidden = h.size(1);
   STD_TORCH_CHECK(h.size(0) == rows && c.size(0) == rows && c.size(1) == hidden, "x, h and c differ in shape");
   STD_TORCH_CHECK(h.scalar_type() == x.scalar_type() && c.scalar_type() == x.scalar_type() &&
@@ -192,8 +209,8 @@ std::tuple<Tensor, Tensor, Tensor> strips_lstm_cuda(
                   "E = ", width, ", H = ", hidden,
                   " do not fit the kernel: H must be a multiple of 8, E + H within shared memory");
   cuda::LstmStepArgs args{};
-  args.ih = strips_of(values_ih, ids_ih, begin_ih, 4 * hidden, width, 8);
-  args.hh = strips_of(values_hh, ids_hh, begin_hh, 4 * hidden, hidden, 8);
+  args.ih = strips_of(values_ih, ids_ih, begin_ih, 4 * hidden, width, 8, device);
+  args.hh = strips_of(values_hh, ids_hh, begin_hh, 4 * hidden, hidden, 8, device);
   args.bias_ih = vector_data(bias_ih, "bias_ih", 4 * hidden, x);
   args.bias_hh = vector_data(bias_hh, "bias_hh", 4 * hidden, x);
   args.g_weight = vector_data(g_weight, "g_weight", 4 * hidden, x);
@@ -260,19 +277,21 @@ std::tuple<Tensor, Tensor, Tensor> strips_lstm_cuda(
 }
 
 // --- index lists ----------------------------------------------------------------------------------------------------
-// `table`
-// [layers, sizeof(ListsLayer) / 8] int64 and `first` [layers + 1] int32, on the device: the masks, the lists and their
-// work space, by address; whoever made the table keeps them alive.
-void mask_lists_cuda(const Tensor& table, const Tensor& first, int64_t jobs) {
+// `table` [layers, sizeof(ListsLayer) / 8] int64 and `first` [layers + 1] int32, on the device: the masks, the lists
+// and their work space, by address; whoever made the table keeps them alive. `ticket` int32 [2], zero.
+void mask_lists_cuda(const Tensor& table, const Tensor& first, const Tensor& ticket, int64_t jobs) {
   const int32_t device = table.get_device_index();
   const DeviceGuard guard(device);
+  check_device(first, "first", device);
+  check_device(ticket, "ticket", device);
+  STD_TORCH_CHECK(ticket.numel() == 2, "ticket has ", ticket.numel(), " entries; want 2");
   check_dense(table, "table", 2);
   STD_TORCH_CHECK(table.scalar_type() == ScalarType::Long && table.size(1) * 8 == sizeof(cuda::ListsLayer),
                   "table must be int64 [layers, ", sizeof(cuda::ListsLayer) / 8, "]");
   const int count = to_int(table.size(0), "layers");
   STD_TORCH_CHECK(first.numel() == count + 1, "first has ", first.numel(), " entries for ", count, " layers");
   const cuda::ListsArgs args{static_cast<const cuda::ListsLayer*>(table.const_data_ptr()), int32_data(first, "first"),
-                             count};
+                             const_cast<int32_t*>(int32_data(ticket, "ticket")), count};
   check_launch(cuda::build_lists(args, to_int(jobs, "jobs"), current_stream(device)));
 }
 

@@ -5,13 +5,30 @@ Registered for their operators by the files that define them. None of them waits
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from sparse_pathways.checks import Block
+from sparse_pathways.checks import BackendUnavailable, Block
 from sparse_pathways.layout.bcsr import rows_of, transpose
 from sparse_pathways.ops import backends, roofline
 from sparse_pathways.ops.reference import reference_dw, reference_dx, reference_linear, reference_masked_weight
+
+
+def on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` with the device of its first argument as the current one: that is where Triton launches."""
+
+    @functools.wraps(kernel)
+    def guarded(x: torch.Tensor, *args: Any, **named: Any) -> Any:
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return kernel(x, *args, **named)
+        with torch.cuda.device(x.device):
+            return kernel(x, *args, **named)
+
+    return guarded
 
 
 def _by_triton(dtype: torch.dtype, block: Block) -> bool:
@@ -19,6 +36,7 @@ def _by_triton(dtype: torch.dtype, block: Block) -> bool:
 
 
 # --- packed weights -----------------------------------------------------------------------------------------------
+@on_its_device
 def linear(x, values, crow, col, pos, bias, n, scale=None, residual=None, activation=0, quantise_x=False):  # type: ignore[no-untyped-def]
     """`bcsr_linear`."""
     if scale is not None or not _by_triton(values.dtype, (values.shape[2], values.shape[1])):
@@ -28,6 +46,7 @@ def linear(x, values, crow, col, pos, bias, n, scale=None, residual=None, activa
     return bcsr_linear(x, values, crow, col, pos, bias, n, residual, activation)
 
 
+@on_its_device
 def linear_dx(dy, values, crow, col, pos, k, crow_t=None, row_t=None, pos_t=None):  # type: ignore[no-untyped-def]
     """`bcsr_linear_dx`."""
     if not _by_triton(values.dtype, (values.shape[2], values.shape[1])):
@@ -41,6 +60,7 @@ def linear_dx(dy, values, crow, col, pos, k, crow_t=None, row_t=None, pos_t=None
     return bcsr_linear_dx(dy, values, crow_t, row_t, pos_t, k)
 
 
+@on_its_device
 def linear_dw(dy, x, crow, col, pos, r, c, blocks):  # type: ignore[no-untyped-def]
     """`bcsr_linear_dw`."""
     if not _by_triton(x.dtype, (r, c)):
@@ -51,6 +71,7 @@ def linear_dw(dy, x, crow, col, pos, r, c, blocks):  # type: ignore[no-untyped-d
 
 
 # --- a weight stored dense ----------------------------------------------------------------------------------------
+@on_its_device
 def masked_weight(weight, bits, r, c, dense_grad=False, dtype=None):  # type: ignore[no-untyped-def]
     """`masked_weight` and `masked_cast`: mask and cast in one pass, for any block."""
     types = (weight.dtype, dtype or weight.dtype)
@@ -74,11 +95,14 @@ def takes_dense(op: str, m: int, n: int, k: int, block: Block, density: float, d
         density: kept share of the blocks.
         dtype: of the operands.
     """
+    if backends.forced_name() == "cuda":
+        raise BackendUnavailable("the backend 'cuda' is forced, and it has no kernels for training; force another")
     if not _by_triton(dtype, block):
         return True
     return not backends.is_forced() and roofline.prefers_dense(op, m, n, k, block, density, dtype)
 
 
+@on_its_device
 def stored_linear(x, weight, bits, crow, col, row, crow_t, row_t, bias, r, c, density, dense_grad):  # type: ignore[no-untyped-def]
     """`stored_linear`."""
     (m, k), n = x.shape, weight.shape[0]
@@ -89,6 +113,7 @@ def stored_linear(x, weight, bits, crow, col, row, crow_t, row_t, bias, r, c, de
     return bcsr_linear(x, weight, crow, col, None, bias, n, block=(r, c))
 
 
+@on_its_device
 def stored_linear_dx(dy, weight, bits, crow_t, row_t, r, c, density):  # type: ignore[no-untyped-def]
     """`stored_linear_dx`."""
     (m, n), k = dy.shape, weight.shape[1]
@@ -99,6 +124,7 @@ def stored_linear_dx(dy, weight, bits, crow_t, row_t, r, c, density):  # type: i
     return bcsr_linear_dx(dy, weight, crow_t, row_t, None, k, block=(r, c))
 
 
+@on_its_device
 def stored_linear_dw(dy, x, bits, crow, col, row, r, c, density):  # type: ignore[no-untyped-def]
     """`stored_linear_dw`."""
     (m, n), k = dy.shape, x.shape[1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_pathways.checks import refuse_second_derivative, unknown_pathway
+from sparse_pathways.checks import BackendUnavailable, refuse_second_derivative, unknown_pathway
 from sparse_pathways.layout.packed import BlockIndex, PackedWeight
 from sparse_pathways.ops import backends, cuda, direct, pathways, strips
 from sparse_pathways.ops.prepared import is_forward_mode, is_plain_call, prepare
@@ -178,6 +178,11 @@ def _product(
     name = backends.select(packed.device.type, values.dtype, packed.block)
     if name == "cuda" and not differentiable and not torch.compiler.is_compiling() and not is_forward_mode():
         return strips.linear(x, packed, index, bias, residual, activation)
+    if name == "cuda" and backends.is_forced():
+        raise BackendUnavailable(
+            "the backend 'cuda' is forced, and it has no gradients and no kernels inside torch.compile; call under "
+            "torch.no_grad(), or force another"
+        )
     if name == "reference" or (differentiable and scale is not None) or is_forward_mode():
         return reference_linear(x, values, *index, bias, n, scale, residual, activation, quantise_x)
     if torch.compiler.is_compiling() or differentiable:

@@ -17,6 +17,7 @@ from sparse_pathways.checks import refuse_second_derivative
 from sparse_pathways.layout.bcsr import compress, rows_of, transpose
 from sparse_pathways.layout.packed import PackedWeight
 from sparse_pathways.ops import backends
+from sparse_pathways.ops.cuda import on_its_device
 from sparse_pathways.ops.reference import dense_of_blocks
 
 LINEAR = "sparse_pathways::bcsr_pathway_linear"
@@ -54,21 +55,28 @@ def lists_of(packed: PackedWeight) -> PathwayLists:
     """The lists of a packed weight, made at its first mixed batch and kept with it."""
     found = packed.prepared.get(PathwayLists)
     if found is None:
-        union = compress(packed.mask())
-        bits = torch.zeros(packed.values.shape[0], dtype=torch.int32, device=packed.device)
-        whole = torch.arange(bits.numel(), dtype=torch.int32, device=packed.device)
-        starts, cols, places, before = [], [], [], 0
-        for number, (crow, col, pos) in enumerate(packed.indices):
-            place = whole if pos is None else pos
-            word = torch.tensor(1 << number if number < 31 else -(2**31), dtype=torch.int32, device=packed.device)
-            bits[place.long()] |= word
-            starts.append(crow + before)
-            cols.append(col)
-            places.append(place)
-            before += col.numel()
-        found = PathwayLists(*union, bits, torch.stack(starts), torch.cat(cols), torch.cat(places))
+        with torch.inference_mode(False), torch.no_grad():  # else no later backward could save them
+            found = _make_lists(packed)
         packed.prepared[PathwayLists] = found
+        if found.bits.is_cuda and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(found.bits.device).synchronize()  # the next batch may come on another stream
     return found
+
+
+def _make_lists(packed: PackedWeight) -> PathwayLists:
+    union = compress(packed.mask())
+    bits = torch.zeros(packed.values.shape[0], dtype=torch.int32, device=packed.device)
+    whole = torch.arange(bits.numel(), dtype=torch.int32, device=packed.device)
+    starts, cols, places, before = [], [], [], 0
+    for number, (crow, col, pos) in enumerate(packed.indices):
+        place = whole if pos is None else pos
+        word = torch.tensor(1 << number if number < 31 else -(2**31), dtype=torch.int32, device=packed.device)
+        bits[place.long()] |= word
+        starts.append(crow + before)
+        cols.append(col)
+        places.append(place)
+        before += col.numel()
+    return PathwayLists(*union, bits, torch.stack(starts), torch.cat(cols), torch.cat(places))
 
 
 def serves(packed: PackedWeight) -> bool:
@@ -109,6 +117,7 @@ def _dw(dy, x, pathway, crow, col, bits, r, c):  # type: ignore[no-untyped-def]
 
 
 # --- kernels ------------------------------------------------------------------------------------------------------
+@on_its_device
 def cuda_linear(x, values, pathway, crow, col, bits, starts, cols, places, bias, n):  # type: ignore[no-untyped-def]
     """`bcsr_pathway_linear` on CUDA."""
     from sparse_pathways.kernels.pathway_linear import Lists, pathway_linear  # imports Triton: only where it runs
@@ -118,6 +127,7 @@ def cuda_linear(x, values, pathway, crow, col, bits, starts, cols, places, bias,
     return pathway_linear(x, values, lists, pathway, bias, n, (r, c), (1, r))
 
 
+@on_its_device
 def cuda_dx(dy, values, pathway, crow, col, bits, k):  # type: ignore[no-untyped-def]
     """`bcsr_pathway_linear_dx` on CUDA: the union, transposed."""
     from sparse_pathways.kernels.pathway_linear import Lists, pathway_linear
@@ -127,6 +137,7 @@ def cuda_dx(dy, values, pathway, crow, col, bits, k):  # type: ignore[no-untyped
     return pathway_linear(dy, values, lists, pathway, None, k, (c, r), (r, 1))
 
 
+@on_its_device
 def cuda_dw(dy, x, pathway, crow, col, bits, r, c):  # type: ignore[no-untyped-def]
     """`bcsr_pathway_linear_dw` on CUDA."""
     from sparse_pathways.kernels.bcsr_linear_dw import bcsr_linear_dw

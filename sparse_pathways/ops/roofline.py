@@ -42,7 +42,7 @@ def _slowest(**seconds: float) -> Prediction:
 
 def dense(m: int, n: int, k: int, itemsize: int = 2) -> Prediction:
     """A dense product of `[m, k]` and `[k, n]` by cuBLAS, which reaches its rate at long sums only."""
-    rate = (TENSOR if itemsize == 2 else FP32) * k / (k + 170)  # 600 TFLOP/s at K = 512, 740 at 2048
+    rate = (TENSOR if itemsize == 2 else FP32) * max(k, 1) / (k + 170)  # 600 TFLOP/s at K = 512, 740 at 2048
     return _slowest(compute=2 * m * n * k / rate, HBM=itemsize * (m * k + n * k + m * n) / HBM)
 
 

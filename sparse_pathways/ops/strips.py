@@ -1,4 +1,4 @@
-"""CUDA C++ kernels over strips: products, LSTM steps and index lists. Kernels: csrc/cuda/, registered by
+"""CUDA C++ kernels over strips: products and LSTM steps. Kernels: csrc/cuda/, registered by
 csrc/torch/library_cuda.cpp. Not yet run on a device: proven on the host by an emulator, see tests/cuda/.
 
 Strips are the packed order of these kernels (csrc/cuda/kernels.h): P neighbouring outputs with one list of inputs,
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sparse_pathways.checks import Block
-from sparse_pathways.layout.bcsr import id_dtype
 from sparse_pathways.layout.packed import BlockIndex, PackedWeight
 from sparse_pathways.ops import library
 
@@ -35,9 +34,6 @@ torch.library.define(
     "Tensor? c_weight=None, Tensor? c_bias=None, float g_eps=0.0, float c_eps=0.0, bool reverse=False) -> "
     "(Tensor, Tensor, Tensor)",
 )
-torch.library.define("sparse_pathways::mask_lists", "(Tensor table, Tensor first, int jobs) -> ()")
-torch.library.define("sparse_pathways::lists_jobs", "(int rows, int cols) -> int")
-torch.library.define("sparse_pathways::lists_work", "(int rows, int cols) -> int")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEIGHTS = (32, 16, 8)  # a strip of 64 would need twice the registers, or read its values twice
@@ -77,8 +73,8 @@ def refusal(dtype: torch.dtype, block: Block) -> str | None:
     if block[0] % 8:
         return f"block = {block}; the CUDA kernels take blocks of a multiple of 8 outputs"
     major, minor = torch.cuda.get_device_capability()
-    if (major, minor) != (8, 0) and major != 9:
-        return f"the device is sm_{major}{minor}; the CUDA kernels are built for sm_80 and sm_90"
+    if (major, minor) != (8, 0) and major not in (9, 10):  # sm_86, sm_89 and sm_120 have too little shared memory
+        return f"the device is sm_{major}{minor}; the CUDA kernels need the shared memory of sm_80, sm_90 or sm_100"
     return None
 
 
@@ -98,17 +94,20 @@ def strips_of(packed: PackedWeight, index: BlockIndex, height: int | None = None
             neighbouring block rows keep much the same inputs.
     """
     number = next(i for i, one in enumerate(packed.indices) if one is index)
-    version = None if packed.values.is_inference() else packed.values._version
+    values = packed.values
+    # Tensors of inference_mode do not count their writes: who changes those in place packs anew.
+    state = values.data_ptr(), None if values.is_inference() else values._version
     key = ("strips", height, number)
-    if key not in packed.prepared or packed.prepared[key][1] != version:
+    found = packed.prepared.get(key)
+    if found is None or found[1] is not values or found[2] != state:
         p = height or next(h for h in HEIGHTS if packed.block[0] % h == 0)
         strips = _pack(packed, index, p)
         if height is None and p == 8:
             union = _pack(packed, index, 16)
             if union.ids.shape[0] <= UNION_SAVES * strips.ids.shape[0]:
                 strips = union
-        packed.prepared[key] = strips, version
-    return packed.prepared[key][0]
+        packed.prepared[key] = found = strips, values, state
+    return found[0]
 
 
 def linear(
@@ -147,55 +146,3 @@ def lstm(
         weights += [*strips_of(packed, index, LSTM_HEIGHT)[:3], bias]
     more = (*(norm or (None, None, None, None, 0.0, 0.0)), reverse)
     return torch.ops.sparse_pathways.strips_lstm.default(x, h, c, *weights, *more)
-
-
-class StaticLists:
-    """Lists of fixed capacity of the masks of many layers, rebuilt in place by one launch; for captured CUDA graphs.
-
-    Attributes:
-        lists: per layer a dict of tensors: bits, crow, col, row, crow_t, row_t, pos_t as in BlockLayout; state int32
-            `[3]`: kept blocks, 1 if they exceed the capacity (all lists are then empty), and the number of builds so
-            far (who keeps something made from the lists compares it with the number at that time).
-    """
-
-    def __init__(self, masks: list[Tensor], capacities: list[int]) -> None:
-        """Memory for the lists of `masks` (bool `[NB, KB]`, contiguous, on one CUDA device; read at every `build`)."""
-        device, rows = masks[0].device, []
-        self._masks, self.lists, first = masks, [], [0]
-        for mask, capacity in zip(masks, capacities, strict=True):
-            if mask.dtype != torch.bool or not mask.is_contiguous() or mask.device != device or mask.dim() != 2:
-                raise ValueError("masks: want contiguous bool [NB, KB] tensors on one CUDA device")
-            one = _static_lists(mask, capacity)
-            self.lists.append(one)
-            rows.append([mask.data_ptr(), *mask.shape, capacity, *(t.data_ptr() for t in one.values())])
-            first.append(first[-1] + torch.ops.sparse_pathways.lists_jobs.default(*mask.shape))
-        self._table = torch.tensor(rows, dtype=torch.int64, device=device)
-        self._first = torch.tensor(first, dtype=torch.int32, device=device)
-        self._jobs = first[-1]
-
-    def build(self) -> None:
-        """Rebuild all lists from the masks as they are now: one launch, nothing waited for."""
-        torch.ops.sparse_pathways.mask_lists.default(self._table, self._first, self._jobs)
-
-
-def _static_lists(mask: Tensor, capacity: int) -> dict[str, Tensor]:
-    """Memory of one layer, in the order of ListsLayer (csrc/cuda/kernels.h)."""
-    (blocks, columns), device = mask.shape, mask.device
-
-    def ints(count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.int32, device=device)
-
-    def ids(count: int) -> Tensor:
-        return torch.zeros(capacity, dtype=id_dtype(count), device=device)
-
-    return {
-        "bits": torch.zeros((mask.numel() + 7) // 8, dtype=torch.uint8, device=device),
-        "crow": ints(blocks + 1),
-        "col": ids(columns),
-        "row": ids(blocks),
-        "crow_t": ints(columns + 1),
-        "row_t": ids(blocks),
-        "pos_t": ints(capacity),
-        "state": ints(3),
-        "work": ints(torch.ops.sparse_pathways.lists_work.default(blocks, columns)),
-    }

@@ -81,3 +81,30 @@ def _initial_scores(name: str, layer: SparseLinear, pathways: Sequence[str], pla
         seed = zlib.crc32(f"{name}/{'' if plan.masks == 'shared' else pathway}".encode())
         draws.append(torch.rand(score.shape, generator=torch.Generator().manual_seed(seed)))
     return torch.stack(draws).to(score.device)
+
+
+def check_reachable(layers: Mapping[str, SparseLinear], pathways: Sequence[str], plan: PruningPlan) -> None:
+    """Refuse masks that the plan cannot bring, or has promised not to bring, to its sparsity."""
+    target = plan.levels[-1]
+    totals = dict.fromkeys(pathways, 0)
+    blocks = 0
+    for name, layer in layers.items():
+        size = layer.mask().numel()
+        least = round((1.0 - target) * size)
+        blocks += size
+        for pathway in pathways:
+            kept = int(layer.mask(pathway).sum())
+            totals[pathway] += kept
+            short = plan.scope == "layer" and kept < least
+            if plan.candidates == "kept" and plan.freeze != 0 and short:
+                raise ValueError(
+                    f"{name}: pathway {pathway!r} keeps {kept} blocks, fewer than the {least} of "
+                    f"sparsity {target}, and candidates = 'kept' brings none back; want init = 'dense'"
+                )
+    for pathway, kept in totals.items():
+        unlike = abs(kept - (1.0 - target) * blocks) > len(layers) and plan.pattern is None
+        if plan.freeze == 0 and unlike:
+            raise ValueError(
+                f"pathway {pathway!r} has sparsity {1 - kept / blocks:.4f}, PruningPlan.schedule says {target} and "
+                "freeze = 0 never decides it: set or load the masks before making the Pruner"
+            )

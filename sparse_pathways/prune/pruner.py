@@ -13,7 +13,7 @@ from sparse_pathways.checks import unknown_pathway
 from sparse_pathways.mask import block_dots, expand_blocks, expand_mask, pack_bits, unpack_bits
 from sparse_pathways.nn import SparseLinear
 from sparse_pathways.prune import distributed
-from sparse_pathways.prune.decide import select, set_initial_masks_
+from sparse_pathways.prune.decide import check_reachable, select, set_initial_masks_
 from sparse_pathways.prune.distributed import whole
 from sparse_pathways.prune.event import PruneEvent
 from sparse_pathways.prune.plan import PruningPlan
@@ -68,7 +68,7 @@ class Pruner:
             layer.dense_grad = plan.dense_grad
         if state is None:
             set_initial_masks_(self.layers, self.pathways, plan)
-            self._check_reachable()
+            check_reachable(self.layers, self.pathways, plan)
         if self._memory is not None:
             for name, layer in self.layers.items():
                 self._memory.start(name, len(self.pathways), self._magnitude(layer))
@@ -104,32 +104,6 @@ class Pruner:
         optimizer = torch_optimizer(optimizer)
         check_holds(optimizer, {name: layer.weight for name, layer in self.layers.items()})
         return optimizer
-
-    def _check_reachable(self) -> None:
-        """Refuse masks that the plan cannot bring, or has promised not to bring, to its sparsity."""
-        target = self.plan.levels[-1]
-        totals = dict.fromkeys(self.pathways, 0)
-        blocks = 0
-        for name, layer in self.layers.items():
-            size = layer.mask().numel()
-            least = round((1.0 - target) * size)
-            blocks += size
-            for pathway in self.pathways:
-                kept = int(layer.mask(pathway).sum())
-                totals[pathway] += kept
-                short = self.plan.scope == "layer" and kept < least
-                if self.plan.candidates == "kept" and self.plan.freeze != 0 and short:
-                    raise ValueError(
-                        f"{name}: pathway {pathway!r} keeps {kept} blocks, fewer than the {least} of "
-                        f"sparsity {target}, and candidates = 'kept' brings none back; want init = 'dense'"
-                    )
-        for pathway, kept in totals.items():
-            unlike = abs(kept - (1.0 - target) * blocks) > len(self.layers) and self.plan.pattern is None
-            if self.plan.freeze == 0 and unlike:
-                raise ValueError(
-                    f"pathway {pathway!r} has sparsity {1 - kept / blocks:.4f}, PruningPlan.schedule says {target} and "
-                    "freeze = 0 never decides it: set or load the masks before making the Pruner"
-                )
 
     # --- one optimiser step -------------------------------------------------------------------------------------------
 

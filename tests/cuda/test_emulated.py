@@ -56,5 +56,5 @@ def test_every_planted_fault_is_found(mutation):
 def test_every_mutation_applies_and_every_kernel_has_three():
     for mutation in MUTATIONS:
         assert changed(mutation)
-    for proof in PROOFS:
-        assert sum(m.proof == proof for m in MUTATIONS) >= 3
+    for kernel in ("count", "sum", "fill", "linear", "lists", "lstm"):
+        assert sum(m.name.startswith(f"{kernel}:") for m in MUTATIONS) >= 3, kernel

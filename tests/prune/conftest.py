@@ -1,8 +1,13 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import sparse_pathways as sp
+
+sys.path.insert(0, str(Path(__file__).parent))  # for plain_methods.py
 
 LANGUAGES = ("en", "fr")
 

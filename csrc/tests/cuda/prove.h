@@ -58,15 +58,16 @@ inline double epsilon(Dtype dtype) {
   return dtype == Dtype::kFloat ? 0x1p-24 : dtype == Dtype::kHalf ? 0x1p-11 : 0x1p-8;
 }
 
-// Exactly `count` elements: AddressSanitizer sees the byte after the last, the emulator who touches it.
+// Exactly `count` elements, `shift` bytes behind an aligned address: AddressSanitizer sees the byte after the last, the
+// emulator who touches it.
 template <typename T>
 struct Buffer {
-  Buffer(size_t count, const char* name, Access access) : size(count) {
+  Buffer(size_t count, const char* name, Access access, size_t shift = 0) : size(count) {
     void* memory = nullptr;
-    if (posix_memalign(&memory, 256, std::max<size_t>(count * sizeof(T), 1)) != 0) abort();
-    memset(memory, 0xff, count * sizeof(T));  // NaN of any type, and an index out of range
-    data.reset(static_cast<T*>(memory));
-    emulation::watch(memory, count * sizeof(T), name, access);
+    if (posix_memalign(&memory, 256, std::max<size_t>(shift + count * sizeof(T), 1)) != 0) abort();
+    memset(memory, 0xff, shift + count * sizeof(T));  // NaN of any type, and an index out of range
+    data = std::unique_ptr<T, Free>(reinterpret_cast<T*>(static_cast<char*>(memory) + shift), Free{shift});
+    emulation::watch(data.get(), count * sizeof(T), name, access);
   }
   Buffer(const std::vector<T>& from, const char* name, Access access) : Buffer(from.size(), name, access) {
     if (!from.empty()) memcpy(data.get(), from.data(), from.size() * sizeof(T));
@@ -74,9 +75,10 @@ struct Buffer {
   T& operator[](size_t i) { return data.get()[i]; }
   operator T*() { return data.get(); }
   struct Free {
-    void operator()(T* memory) const {
-      emulation::forget(memory);
-      free(memory);
+    size_t shift = 0;
+    void operator()(T* begin) const {
+      emulation::forget(begin);
+      free(reinterpret_cast<char*>(begin) - shift);
     }
   };
   std::unique_ptr<T, Free> data;
@@ -85,8 +87,8 @@ struct Buffer {
 
 // A tensor of float, half or bfloat16.
 struct Tensor {
-  Tensor(Dtype type, size_t count, const char* name, Access access)
-      : dtype(type), bytes(count * cuda::size_of(type), name, access), count(count) {}
+  Tensor(Dtype type, size_t count, const char* name, Access access, size_t shift = 0)  // of so many elements
+      : dtype(type), bytes(count * cuda::size_of(type), name, access, shift * cuda::size_of(type)), count(count) {}
   void set(size_t i, double value) {
     const uint32_t bits = to_bits(dtype, value);
     memcpy(bytes + i * cuda::size_of(dtype), &bits, cuda::size_of(dtype));

@@ -1,4 +1,6 @@
 // strips_pack and strips_linear.
+#include <sys/mman.h>
+
 #include "tests/cuda/prove.h"
 
 namespace sp::prove {
@@ -76,15 +78,17 @@ struct Case {
   bool narrow, indirect;
   Activation activation;
   bool bias, residual;
-  int slack;  // elements between the rows of x
+  int slack;      // elements between the rows of x
+  int shift = 0;  // elements by which x, bias and residual begin behind an aligned address
 };
 
 std::string describe(const Case& one) {
-  char text[200];
-  snprintf(text, sizeof text, "linear %s P%d M%ld N%d K%d %dx%d density %.2f tile %d%s%s%s%s act %d stride +%d",
+  char text[240];
+  snprintf(text, sizeof text, "linear %s P%d M%ld N%d K%d %dx%d density %.2f tile %d%s%s%s%s act %d stride +%d%s",
            name_of(one.dtype), one.p, static_cast<long>(one.m), one.n, one.k, one.r, one.c, one.density, one.tile_m,
            one.narrow ? "" : " wide", one.indirect ? " pos" : "", one.bias ? " bias" : "",
-           one.residual ? " residual" : "", static_cast<int>(one.activation), one.slack);
+           one.residual ? " residual" : "", static_cast<int>(one.activation), one.slack,
+           one.shift > 0 ? " misaligned" : "");
   return text;
 }
 
@@ -92,7 +96,8 @@ bool check(const Case& one) {
   Weight w(one.n, one.k, one.r, one.c, one.density, one.dtype, one.narrow, one.indirect);
   Packed packed(w, one.p);
   const int64_t stride = one.k + one.slack;
-  Tensor x(one.dtype, static_cast<size_t>(one.m > 0 ? (one.m - 1) * stride + one.k : 0), "x", Access::kRead);
+  Tensor x(one.dtype, static_cast<size_t>(one.m > 0 ? (one.m - 1) * stride + one.k : 0), "x", Access::kRead,
+           static_cast<size_t>(one.shift));
   for (int64_t m = 0; m < one.m; ++m) {
     for (int k = 0; k < one.k; ++k) x.fill(static_cast<size_t>(m * stride + k));
   }
@@ -101,10 +106,10 @@ bool check(const Case& one) {
     x.set(static_cast<size_t>(stride + 1), kNan);
     if (one.activation == Activation::kNone) x.set(static_cast<size_t>(2 * stride), kInfinity);
   }
-  Tensor bias(one.dtype, static_cast<size_t>(one.n), "bias", Access::kRead);
+  Tensor bias(one.dtype, static_cast<size_t>(one.n), "bias", Access::kRead, static_cast<size_t>(one.shift));
   for (int n = 0; n < one.n; ++n) bias.fill(static_cast<size_t>(n));
   const size_t outputs = static_cast<size_t>(one.m) * one.n;
-  Tensor residual(one.dtype, outputs, "residual", Access::kRead);
+  Tensor residual(one.dtype, outputs, "residual", Access::kRead, static_cast<size_t>(one.shift));
   for (size_t i = 0; i < outputs; ++i) residual.fill(i);
   Tensor y(one.dtype, outputs, "y", Access::kWrite);
   cuda::LinearArgs args{};
@@ -139,6 +144,44 @@ bool check(const Case& one) {
     }
   }
   return report(describe(one), error, compare(y, want, bound, one.n, "y"));
+}
+
+// Row 2^28 of 8 inputs and 8 outputs: offsets beyond 2^31 elements, in memory of which a few pages are touched.
+bool check_far() {
+  constexpr Dtype kType = Dtype::kBf16;
+  constexpr int64_t kRows = (int64_t{1} << 28) + 40, kFirst = int64_t{1} << 28;
+  constexpr size_t kBytes = static_cast<size_t>(kRows) * 8 * 2;
+  Weight w(8, 8, 8, 1, 1.0, kType, true, false, false, false);
+  Packed packed(w, 8);
+  void *x = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0),
+       *y = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (x == MAP_FAILED || y == MAP_FAILED) return report("linear beyond 2^31 elements", "no address space", "");
+  uint16_t* from = static_cast<uint16_t*>(x) + kFirst * 8;
+  for (int64_t i = 0; i < (kRows - kFirst) * 8; ++i) from[i] = static_cast<uint16_t>(to_bits(kType, uniform()));
+  cuda::LinearArgs args{};
+  args.weight = packed.strips;
+  args.x = x;
+  args.x_stride = 8;
+  args.y = y;
+  args.m = kRows;
+  args.tile_m = 64;
+  emulation::skip_blocks(static_cast<uint64_t>(kFirst / args.tile_m));
+  const char* error = cuda::linear(args, kType, 1, nullptr);
+  emulation::skip_blocks(0);
+  std::string wrong;
+  for (int64_t m = kFirst; m < kRows; ++m) {
+    for (int n = 0; n < 8; ++n) {
+      double sum = 0;
+      for (int k = 0; k < 8; ++k) {
+        sum += w.dense[static_cast<size_t>(n * 8 + k)] * from_bits(kType, from[(m - kFirst) * 8 + k]);
+      }
+      const double got = from_bits(kType, static_cast<uint16_t*>(y)[m * 8 + n]);
+      if (!(fabs(got - sum) <= 0.01 * (1 + fabs(sum)))) wrong = "y beyond 2^31 elements is wrong";
+    }
+  }
+  munmap(x, kBytes);
+  munmap(y, kBytes);
+  return report("linear beyond 2^31 elements", error, wrong);
 }
 
 // All inputs kept: nothing keeps the gathers and the transposing stores from every bank at once.
@@ -198,6 +241,13 @@ bool prove_pack(bool quick) {
       }
     }
   }
+  {  // more lists than the running sum takes at a time
+    Weight w(9000, 9, 8, 1, 0.4, Dtype::kBf16, true, false);
+    Packed packed(w, 8);
+    std::string wrong;
+    if (unpack(packed, w, wrong) != w.dense && wrong.empty()) wrong = "the strips hold another matrix";
+    passed &= report("pack 1125 lists", nullptr, wrong);
+  }
   {  // more octets than there is room for: counted, nothing written past the end, all lists empty
     Weight w(64, 600, 8, 1, 1.0, Dtype::kBf16, true, false);
     Packed packed(w, 8, 100);
@@ -225,6 +275,13 @@ bool prove_linear(bool quick) {
       {129, 100, 530, 16, 1, 16, 128, .75, kHalf, true, false, Activation::kRelu, true, true, 6},
       {17, 72, 40, 8, 1, 8, 64, .75, kFloat, true, false, Activation::kTanh, true, true, 0},
       {9, 64, 530, 16, 1, 16, 16, .75, kFloat, true, true, Activation::kGelu, true, false, 3},
+      // few rows, more inputs than the tile holds at a time
+      {3, 16, 4600, 8, 1, 8, 16, .7, kBf16, true, false, kNone, true, false, 0},
+      {9, 32, 2600, 32, 1, 32, 16, .7, kFloat, true, false, kNone, true, true, 0},
+      // 16-byte accesses are not aligned
+      {5, 16, 64, 8, 1, 8, 16, .7, kBf16, true, false, kNone, true, true, 0, 1},
+      {40, 64, 64, 8, 1, 8, 64, .7, kBf16, true, false, kNone, true, true, 0, 1},
+      {20, 64, 96, 16, 1, 16, 64, .7, kFloat, true, false, kNone, true, true, 0, 1},
       // edges: no block, all blocks, no rows, one output, one input
       {20, 32, 48, 8, 1, 8, 64, 0.0, kBf16, true, false, kNone, true, false, 0},
       {20, 32, 48, 8, 1, 8, 64, 1.0, kBf16, true, false, kNone, true, false, 0},
@@ -256,6 +313,7 @@ bool prove_linear(bool quick) {
   }
   bool passed = true;
   for (const Case& one : cases) passed &= check(one);
+  passed &= check_far();
   for (const int tile : {64, 128}) passed &= check_conflicts(tile, kBf16);
   return check_conflicts(64, kFloat) && passed;
 }

@@ -101,7 +101,8 @@ bool check(const std::string& name, const std::vector<Size>& sizes, const std::v
     first.push_back(first.back() + cuda::lists_jobs(size.rows, size.cols));
   }
   Buffer<cuda::ListsLayer> table(views, "layers", Access::kRead);
-  Buffer<int32_t> starts(first, "first", Access::kRead);
+  Buffer<int32_t> starts(first, "first", Access::kRead), ticket(2, "ticket", Access::kWrite);
+  ticket[0] = ticket[1] = 0;
   std::string wrong;
   const char* error = nullptr;
   int epoch = 0;
@@ -109,7 +110,7 @@ bool check(const std::string& name, const std::vector<Size>& sizes, const std::v
     for (const auto& layer : layers) {
       for (size_t i = 0; i < layer->mask.size; ++i) layer->mask[i] = uniform() < 2 * density - 1;
     }
-    error = cuda::build_lists({table, starts, static_cast<int>(layers.size())}, first.back(), nullptr);
+    error = cuda::build_lists({table, starts, ticket, static_cast<int>(layers.size())}, first.back(), nullptr);
     ++epoch;
     for (const auto& layer : layers) {
       const std::string found = layer->check(epoch);
