@@ -38,6 +38,7 @@ torch.library.define(
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEIGHTS = (32, 16, 8)  # a strip of 64 would need twice the registers, or read its values twice
 LSTM_HEIGHT = 8
+CHUNK = 512  # inputs that one list covers: kChunk of csrc/cuda
 SHARED_BYTES, LSTM_PARTIAL_BYTES = 160 << 10, 16 << 10  # kMaxSharedBytes, kPartialBytes of csrc/cuda
 UNION_SAVES = 0.8  # strips of 16 for 8-high blocks: fewer lists, more zeros; from this share of octets on they pay
 
@@ -45,6 +46,13 @@ UNION_SAVES = 0.8  # strips of 16 for 8-high blocks: fewer lists, more zeros; fr
 @torch.library.register_fake("sparse_pathways::strips_linear")
 def _fake_linear(x, values, ids, begin, bias, residual, n, p, activation=0, tile_m=0):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], n)
+
+
+@torch.library.register_fake("sparse_pathways::strips_pack")
+def _fake_pack(source, crow, col, pos, n, k, r, c, p, capacity=-1):  # type: ignore[no-untyped-def]
+    octets = capacity if capacity >= 0 else torch.library.get_ctx().new_dynamic_size()
+    ids = crow.new_empty(octets, 8, dtype=torch.uint16)
+    return source.new_empty(octets, 8 * p), ids, crow.new_empty(-(-n // p) * -(-k // CHUNK) + 1), crow.new_empty(1)
 
 
 @torch.library.register_fake("sparse_pathways::strips_lstm")

@@ -60,6 +60,16 @@ def test_gradcheck_and_opcheck(rng):
     torch.testing.assert_close(compiled(*leaves), product(*leaves))
 
 
+def test_lists_made_under_inference_mode_serve_a_later_training(rng):
+    x, packed, rows, _ = problem(rng)
+    with torch.inference_mode():
+        pathways.lists_of(packed)
+    values = packed.values.requires_grad_()
+    y = OPS.bcsr_pathway_linear(x, values, rows, *pathways.lists_of(packed), None, 40)
+    y.sum().backward()
+    assert values.grad.abs().sum() > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("m", [9, 1000])

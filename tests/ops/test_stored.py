@@ -216,3 +216,9 @@ def test_the_model_of_the_roofline():
     assert sparse.us == pytest.approx((65536 * kept / 16 + 512 * kept) * 2 / 5.5e12 * 1e6 + 2)
     # Emformer's FFN1 with large blocks: reading x and writing y is the floor.
     assert roofline.triton("forward", 65536, 2048, 512, (128, 128), 0.1).bound == "HBM"
+
+
+@pytest.mark.parametrize("op", roofline.OPS)
+def test_the_model_knows_empty_products(op):
+    for m, n, k in ((0, 512, 512), (16, 0, 512), (16, 512, 0)):
+        assert roofline.prefers_dense(op, m, n, k, (32, 32), 0.5, torch.bfloat16) in (True, False)

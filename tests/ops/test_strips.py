@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import sparse_pathways as sp
+from sparse_pathways.checks import BackendUnavailable
 from sparse_pathways.ops import backends, library, strips
 
 BF16 = torch.bfloat16
@@ -100,6 +101,11 @@ def test_shapes_of_the_operators_without_a_kernel():
     begin = torch.empty(9, device="meta", dtype=torch.int32)
     y = ops.strips_linear(x, *octets, begin, None, None, 64, 8)
     assert y.shape == (5, 64) and y.dtype == BF16
+    crow, col = torch.empty(9, device="meta", dtype=torch.int32), torch.empty(50, device="meta", dtype=torch.uint16)
+    blocks = torch.empty(50, 1, 8, device="meta", dtype=BF16)
+    values, ids, starts, needed = ops.strips_pack(blocks, crow, col, None, 64, 600, 8, 1, 16, 30)
+    assert values.shape == (30, 128) and values.dtype == BF16 and ids.shape == (30, 8) and ids.dtype == torch.uint16
+    assert starts.shape == (4 * 2 + 1,) and needed.shape == (1,)
     steps, h = torch.empty(3, 5, 40, device="meta", dtype=BF16), torch.empty(5, 16, device="meta", dtype=BF16)
     y, h_last, c_last = ops.strips_lstm(steps, h, h, *octets, begin, None, *octets, begin, None)
     assert y.shape == (3, 5, 16) and h_last.shape == c_last.shape == (5, 16)
@@ -118,3 +124,31 @@ def test_shapes_of_the_operators_without_a_kernel():
 )
 def test_sizes_of_the_lstm_step(steps, width, hidden, dtype, takes):
     assert strips.takes_lstm(steps, width, hidden, dtype) is takes
+
+
+def test_replaced_and_changed_values_are_packed_anew(packs):
+    weight = packed(pathways=("a",))
+    index = weight.index()
+    first = strips.strips_of(weight, index)
+    weight.values = weight.values.clone()  # another tensor of the same version
+    second = strips.strips_of(weight, index)
+    assert second is not first
+    weight.values.data = weight.values.data.clone()  # other memory under the same tensor
+    assert strips.strips_of(weight, index) is not second
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_a_forced_backend_does_not_fall_back(monkeypatch):
+    """Pretended: the weight lies on the CPU, the table of backends is asked for a CUDA device."""
+    from sparse_pathways.ops import cuda, linear
+
+    weight = packed(pathways=("a",), dtype=torch.float32)
+    x = torch.randn(3, 40, requires_grad=True)
+    monkeypatch.setattr(backends, "_forced", "cuda")
+    monkeypatch.setattr(backends, "_initialised", True)
+    select = backends.select
+    monkeypatch.setattr(backends, "select", lambda device, *rest: select("cuda", *rest))
+    with pytest.raises(BackendUnavailable, match=r"it has no gradients and no kernels inside torch\.compile"):
+        linear._product(x, weight, weight.index(), None)
+    with pytest.raises(BackendUnavailable, match="it has no kernels for training"):
+        cuda.takes_dense("forward", 8, 64, 40, (8, 1), 0.5, torch.float32)
