@@ -69,11 +69,12 @@ def predict(counts: dict[str, Any], m: int, n: int, k: int) -> Prediction:
         blocks, total = tiles * columns, _scaled(counts, tiles * columns, tiles * passes)
     total = {key: value * longer for key, value in total.items()}
     rounds = -(-blocks // SMS) / blocks  # share of all work that the busiest multiprocessor has
+    stored = counts["passes1"]["octets"] * 8 * 2 * (counts["p"] + 1)  # bytes of values and ids per 256 outputs
     seconds = {
         "shared memory": total["wavefronts"] * rounds / CLOCK,
         "tensor cores": (2048 * total["mma_16816"] + 1024 * total["mma_1688"]) / MMA_SYNC * rounds / CLOCK,
         "L2": 32 * (total["load_sectors"] + total["store_sectors"]) / L2,
-        "HBM": 2 * (m * k + m * n + counts["passes1"]["kept"] * n * k * (1 + 1 / counts["p"])) / HBM,
+        "HBM": (2 * (m * k + m * n) + stored * longer * n / 256) / HBM,
     }
     bound = max(seconds, key=lambda name: seconds[name])
     us = seconds[bound] * 1e6
@@ -122,7 +123,9 @@ def main() -> None:
     table = load(sys.argv[1] if len(sys.argv) > 1 else None)
     print("bf16 strips_linear on an H100: MODEL from emulator counts, nothing here was measured on a device")
     print(f"clocks lost to bank conflicts, 64 and 128 rows: at most {conflicts(table):.0%}\n")
-    print("     M     N     K  block  sparsity  strips  tile    us (model)  bound          to dense (model)  takes")
+    print("Packed weights always take strips: a packed model keeps no dense weight to take instead. Training with such")
+    print("blocks takes the dense product of the masked weight.\n")
+    print("     M     N     K  block  sparsity  strips  tile    us (model)  bound          to dense (model)  faster")
     for m, n, k, r, sparsity, found, ratio in rows(table):
         print(
             f"{m:6} {n:5} {k:5}  {r:3}x1  {sparsity:7.0%}  {found.p:6}  {found.tile_m:4}  {found.us:10.1f}    "
