@@ -150,11 +150,15 @@ class Interpreter:
     """
 
     def __init__(self, *options: str) -> None:
+        import triton
+
+        # The checkout first, then the caller's folders: `make compat` has its Triton there.
+        path = os.pathsep.join([str(KERNELS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("interpreter_worker.py")), *options],
+            [sys.executable, str(Path(__file__).with_name("interpreter_worker.py")), triton.__version__, *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(KERNELS.parent)},
+            env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
         )
 
     def __call__(self, function: str, **arguments: Any) -> Any:

@@ -90,6 +90,10 @@ def answer(message: bytes) -> object:
 
 
 def serve() -> None:
+    import triton
+
+    wanted = sys.argv[1]
+    assert triton.__version__ == wanted, f"this process has Triton {triton.__version__}, the tests have {wanted}"
     if "--package" in sys.argv:
         use_cuda_kernels_on_the_cpu()
     load(str(Path(__file__).resolve().parents[2] / "kernels"))
