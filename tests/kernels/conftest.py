@@ -168,6 +168,14 @@ class Interpreter:
             pytest.fail(f"in the interpreter process:\n{outcome}", pytrace=False)
         return outcome
 
+    def far(self, function: str, *rows: str, pool: str | None = None, **arguments: Any) -> Any:
+        """The same with the rows of the arguments in `rows`, and the blocks of the packed weight `pool`, past 2**31.
+
+        In memory that is there only where it is touched. A number of 32 bits that meets a stride too early wraps, and
+        its address is outside the tensor.
+        """
+        return self("far", launcher=function, arguments=arguments, rows=rows, pool=pool)
+
     def ask(self, function: str, arguments: Any) -> Any:
         """The result, or the traceback as a string."""
         assert self.process.stdin is not None and self.process.stdout is not None
