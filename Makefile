@@ -58,14 +58,15 @@ prove: setup  ## everything that proves the GPU kernels without a GPU (half an h
 	$(BIN)/python benchmarks/gpu/model.py
 	$(BIN)/python tests/cuda/model.py
 
-# The GPU machines have Triton 3.6; torch comes with a newer one. Beside it, in a folder of its own, 3.6 goes first.
+# The GPU machines have Triton 3.6; torch comes with a newer one. Beside it, in a folder of its own, 3.6 goes first, with
+# the last numpy that its interpreter runs on.
 TRITON_OLD := 3.6.0
-compat: setup  ## interpreter and compile checks of the Triton kernels under Triton 3.6
+compat: setup  ## the Triton kernels interpreted and compiled, and benchmarks/gpu tried, under Triton 3.6
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade \
-	  --target build/compat/triton-$(TRITON_OLD) triton==$(TRITON_OLD)
+	  --target build/compat/triton-$(TRITON_OLD) triton==$(TRITON_OLD) "numpy<2.4"
 	PYTHONPATH=build/compat/triton-$(TRITON_OLD) $(BIN)/python -c \
 	  "import triton; assert triton.__version__ == '$(TRITON_OLD)', triton.__version__"
-	PYTHONPATH=$(CURDIR)/build/compat/triton-$(TRITON_OLD) $(BIN)/python -m pytest tests/kernels
+	PYTHONPATH=$(CURDIR)/build/compat/triton-$(TRITON_OLD) $(BIN)/python -m pytest tests/kernels tests/benchmarks/test_gpu.py
 
 bench: setup  ## dense against sparse, side by side: a part of the grid, printed (two minutes)
 	$(BIN)/python -m benchmarks

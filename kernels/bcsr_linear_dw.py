@@ -61,7 +61,7 @@ def _bcsr_linear_dw(
         bits = tl.load(bits_ptr + entry)
     acc = tl.zeros((TILE_R, TILE_C), dtype=tl.float32)
     for begin in tl.range(first, last, TILE_M, num_stages=NUM_STAGES):
-        m = begin + tl.arange(0, TILE_M)
+        m = begin + tl.arange(0, TILE_M).to(tl.int64)  # 64 bits before it meets a stride
         used = m < last
         if bits_ptr is not None:  # rows of pathways that do not keep this block: neither operand is read
             used = used & ((bits >> tl.load(pathway_ptr + m, mask=used, other=0).to(tl.int32)) & 1 != 0)

@@ -10,6 +10,21 @@ from pathlib import Path
 
 import checkout
 import torch
+from run import NO_DEVICE
+
+
+def try_interpreter() -> None:
+    """Interpret one product, so that an interpreter that cannot run says so in a line and not in every part."""
+    import numpy
+    import triton
+    from sparse_pathways.kernels.bcsr_linear import bcsr_linear
+
+    start, index = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+    try:
+        bcsr_linear(torch.ones(1, 16), torch.ones(1, 16, 16), start, index, None, None, 16)
+    except Exception as error:
+        with_numpy = f"Triton {triton.__version__} with numpy {numpy.__version__}"
+        sys.exit(f"the interpreter of {with_numpy} fails ({error}); that of Triton 3.6 needs numpy < 2.4")
 
 
 def environment() -> Iterator[dict]:
@@ -17,7 +32,10 @@ def environment() -> Iterator[dict]:
     import triton
 
     if not torch.cuda.is_available():
-        sys.exit("no CUDA device")
+        print("no CUDA device")
+        sys.exit(NO_DEVICE)
+    if checkout.PRETEND:
+        try_interpreter()
     found = {"part": "environment", "device": torch.cuda.get_device_name(), "torch": torch.__version__}
     found |= {"triton": triton.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
     if not checkout.PRETEND:

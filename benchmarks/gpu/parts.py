@@ -167,9 +167,13 @@ def rivals() -> Iterator[Row]:
         row = about("rivals", weight, m, sparsity) | {"refused": {}, "eager": []}
         for name, form in rival_forms(weight, sparsity).items():
             made: list[Tensor] = []
-            reason = attempt(lambda made=made, form=form, x=x: made.append(form()) or F.linear(x, made[0]))
+
+            def call(x=x, made=made, bias=weight.bias) -> Tensor:
+                return F.linear(x, made[0], bias)
+
+            reason = attempt(lambda made=made, form=form: made.append(form())) or attempt(call)
             if reason is None:
-                contenders[name] = [partial(F.linear, x, made[0], weight.bias)]
+                contenders[name] = [call]
                 row["eager"].append(name)  # they wait for the device, which no graph can hold
             else:
                 row["refused"][name] = reason

@@ -4,6 +4,7 @@
 
 Every part is a process of its own with a budget of seconds, and writes its rows as they come: a part that hangs,
 crashes or runs out of time loses only its rest. Exits 2 without a device, 1 if a test failed or a part ended badly.
+`--out` may be a folder with other files in it: only those that an earlier run wrote are deleted.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+NO_DEVICE = 3  # exit code of `part.py environment`; a crash has another
 TESTS = ["tests/kernels/test_on_device.py", "tests/ops"]
 SANITIZED = "products_equal_dense and M37 and 32x32 or feed_forward and 7 or several_pathways and 5 and bfloat16"
 # In a dry run the device is pretended: what needs a real one (bfloat16, graphs, streams, much memory) is left out.
@@ -35,7 +37,7 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("environment", 20),
+    Part("environment", 90),  # a first import of torch and Triton from a cold disk
     Part("build", 150),
     Part("ceilings", 25),
     Part("tests", 200),
@@ -71,7 +73,8 @@ def command(name: str, out: Path, dry: bool) -> list[str] | None:
 
 def environment(dry: bool) -> dict[str, str]:
     """Of the parts' processes."""
-    found = os.environ | {"PYTHONPATH": f"{HERE}:{ROOT}", "PYTHONUNBUFFERED": "1"}
+    path = [str(HERE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # the caller may have torch there
+    found = os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
     return found | ({"TRITON_INTERPRET": "1", "SPARSE_PATHWAYS_PRETEND": "1"} if dry else {})
 
 
@@ -100,16 +103,32 @@ def run_part(part: Part, out: Path, left: float, dry: bool) -> dict:
     return found
 
 
+def clear(out: Path) -> None:
+    """Delete what an earlier run left, and nothing else: the folder may be the user's."""
+    parts = [f"{part.name}{suffix}" for part in PARTS for suffix in (".jsonl", ".log")]
+    for name in ("results.json", "tests.xml", *parts):
+        (out / name).unlink(missing_ok=True)
+
+
 def rows_of(out: Path) -> list[dict]:
     """Rows that the parts have written; a last line cut off in the middle is dropped."""
     rows = []
-    for path in sorted(out.glob("*.jsonl")):
-        for line in path.read_text().splitlines():
+    for path in (out / f"{part.name}.jsonl" for part in PARTS):
+        for line in path.read_text().splitlines() if path.exists() else ():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
                 pass
     return rows
+
+
+def without_environment(outcome: str) -> int:
+    """Say why nothing is measured; the exit code. A slow or broken import is no missing device."""
+    if outcome == f"failed: exit code {NO_DEVICE}":
+        print("no CUDA device on this machine; nothing was measured (--dry-run tries the scripts without one)")
+        return 2
+    print(f"nothing was measured: torch, Triton or the device could not be asked ({outcome})")
+    return 1
 
 
 def print_rows(rows: list[dict]) -> None:
@@ -146,8 +165,8 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="no device: tiny cases on the CPU, numbers mean nothing")
     options = parser.parse_args()
     end, out = time.monotonic() + options.seconds, options.out
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
+    clear(out)
     outcomes = []
     for part in PARTS:
         wanted = part.name in options.parts if options.parts else part.default or (options.tune and part.name == "tune")
@@ -161,8 +180,7 @@ def main() -> int:
             result = {"dry_run": options.dry_run, "parts": outcomes, "rows": rows_of(out)}
             (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
             if part.name == "environment" and outcome["outcome"] != "ok":
-                print("no CUDA device on this machine; nothing was measured (--dry-run tries the scripts without one)")
-                return 2
+                return without_environment(outcome["outcome"])
             if part.name == "tests" and outcome["outcome"].startswith("failed"):
                 print("tests failed: what follows may be fast and wrong")
     print_rows(rows_of(out))

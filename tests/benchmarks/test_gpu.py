@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 GPU = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
 
@@ -32,8 +32,9 @@ def test_every_measuring_part_in_a_dry_run(run, tmp_path):
     for name in ("environment", "all"):
         arguments = [sys.executable, str(GPU / "part.py"), name, str(tmp_path / f"{name}.jsonl")]
         subprocess.run(arguments, env=environment, check=True, timeout=600)
-    rows = run.rows_of(tmp_path)
+    rows = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
     assert {row["part"] for row in rows} == {part.name for part in run.PARTS} - {"build", "tests", "sanitizer"}
+    assert {row["triton"] for row in rows if "triton" in row} == {triton.__version__}
     assert all(row["ratio"] > 0 for row in rows if "times" in row)
     run.print_rows(rows)
     assert (tmp_path / "pretended-device.json").exists()  # what tuning found
@@ -56,6 +57,65 @@ def test_without_a_device_it_says_so(run, monkeypatch, tmp_path, capsys):
     )
     assert main_of(run, monkeypatch, tmp_path / "out") == 2
     assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_a_part_that_hangs_or_crashes_is_no_missing_device(run, monkeypatch, tmp_path, capsys):
+    for script, why in (("import time; time.sleep(60)", "stopped after its 5 s"), ("1 / 0", "failed: exit code 1")):
+        monkeypatch.setattr(run, "command", lambda *a, script=script: [sys.executable, "-c", script])
+        monkeypatch.setattr(run, "PARTS", tuple(part._replace(seconds=5) for part in run.PARTS))
+        assert main_of(run, monkeypatch, tmp_path / "out") == 1
+        said = capsys.readouterr().out
+        assert why in said and "no CUDA device" not in said
+
+
+def test_an_interpreter_that_cannot_run_says_so_in_a_line(run, tmp_path):
+    """As Triton 3.6's beside numpy 2.4: its calls of `int` on an array of one element fail."""
+    broken = "import sys, part, triton.runtime.interpreter as i; i._patch_lang_tensor = None; part.try_interpreter()"
+    done = subprocess.run(
+        [sys.executable, "-c", broken], env=run.environment(dry=True), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "needs numpy < 2.4" in done.stderr.splitlines()[-1]
+
+
+def test_files_of_others_in_the_folder_stay(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "command", lambda *a: [sys.executable, "-c", "pass"])
+    others = [tmp_path / "thesis.tex", tmp_path / "data.jsonl", tmp_path / "runs" / "results.json"]
+    others[2].parent.mkdir()
+    for path in (*others, tmp_path / "forward.jsonl"):
+        path.write_text('{"mine": 1}\n')
+    assert main_of(run, monkeypatch, tmp_path, "--parts", "ceilings") == 0
+    assert all(path.read_text() == '{"mine": 1}\n' for path in others)
+    assert not (tmp_path / "forward.jsonl").exists(), "rows of an earlier run"
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == []
+
+
+def test_the_callers_path_comes_after_the_checkout(run, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/torch", "/triton"]))
+    assert run.environment(False)["PYTHONPATH"].split(os.pathsep) == [str(GPU), str(run.ROOT), "/torch", "/triton"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert run.environment(True)["PYTHONPATH"].split(os.pathsep) == [str(GPU), str(run.ROOT)]
+
+
+def test_a_rival_that_refuses_the_bias_is_left_out(run, tmp_path):
+    script = """if True:
+        import json, parts, torch
+        linear = parts.F.linear
+
+        def without_bias(x, weight, bias=None):
+            if weight.layout == torch.sparse_bsr and bias is not None:
+                raise RuntimeError("takes no bias")
+            return linear(x, weight, bias)
+
+        parts.F.linear = without_bias
+        print(json.dumps(next(parts.rivals())))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=run.environment(dry=True), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    row = json.loads(done.stdout)
+    assert "takes no bias" in row["refused"]["torch BSR"] and "torch BSR" not in row["times"]
 
 
 def test_a_part_that_hangs_or_crashes_loses_only_its_rest(run, monkeypatch, tmp_path, capsys):

@@ -150,11 +150,15 @@ class Interpreter:
     """
 
     def __init__(self, *options: str) -> None:
+        import triton
+
+        # The checkout first, then the caller's folders: `make compat` has its Triton there.
+        path = os.pathsep.join([str(KERNELS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("interpreter_worker.py")), *options],
+            [sys.executable, str(Path(__file__).with_name("interpreter_worker.py")), triton.__version__, *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(KERNELS.parent)},
+            env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
         )
 
     def __call__(self, function: str, **arguments: Any) -> Any:
@@ -163,6 +167,14 @@ class Interpreter:
         if isinstance(outcome, str):
             pytest.fail(f"in the interpreter process:\n{outcome}", pytrace=False)
         return outcome
+
+    def far(self, function: str, *rows: str, pool: str | None = None, **arguments: Any) -> Any:
+        """The same with the rows of the arguments in `rows`, and the blocks of the packed weight `pool`, past 2**31.
+
+        In memory that is there only where it is touched. A number of 32 bits that meets a stride too early wraps, and
+        its address is outside the tensor.
+        """
+        return self("far", launcher=function, arguments=arguments, rows=rows, pool=pool)
 
     def ask(self, function: str, arguments: Any) -> Any:
         """The result, or the traceback as a string."""

@@ -1,7 +1,8 @@
 """Answers calls of the kernels' launchers over stdin and stdout, in a process started with TRITON_INTERPRET=1.
 
 A message is a pickled bytes object that torch.save wrote: pickle alone cannot carry uint16 tensors. `kernels/` is
-loaded from a folder, so that a changed copy can be tried, and needs nothing of the package around it.
+loaded from a folder, so that a changed copy can be tried, and needs nothing of the package around it. Every address
+that a kernel reads or writes is checked (watched_memory.py).
 """
 
 import importlib
@@ -15,6 +16,7 @@ import types
 from pathlib import Path
 
 import torch
+import watched_memory
 
 ANSWERS = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
 os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a print must not land among the answers
@@ -79,17 +81,38 @@ def train(x, weight, mask, block, bias, dy, dense_grad, capacity, dense):  # typ
     return y.detach(), *(t.grad for t in leaves), launched
 
 
-def answer(message: bytes) -> object:
-    function, arguments = torch.load(io.BytesIO(message), weights_only=False)
-    if function in ("load", "train"):
-        return globals()[function](**arguments)
+def far(launcher, arguments, rows, pool):  # type: ignore[no-untyped-def]
+    """A launcher's result, the arguments named in `rows` (of a `Weight` its values) and `pool` moved past element
+    2**31. Moved here: a message would hold all of that memory."""
+    for name in rows:
+        one, move = arguments[name], watched_memory.far_rows
+        arguments[name] = move(one) if isinstance(one, torch.Tensor) else one._replace(values=move(one.values))
+    if pool is not None:
+        arguments[pool] = watched_memory.far_blocks(arguments[pool])
+    return call(launcher, arguments)
+
+
+def call(function: str, arguments: dict) -> object:
+    """A launcher's result."""
     module, name = function.rsplit(".", 1)
     if not module.startswith("sparse_pathways."):
         module = f"{NAME}.{module}"
     return getattr(importlib.import_module(module), name)(**arguments)
 
 
+def answer(message: bytes) -> object:
+    function, arguments = torch.load(io.BytesIO(message), weights_only=False)
+    if function in ("load", "train", "far"):
+        return globals()[function](**arguments)
+    return call(function, arguments)
+
+
 def serve() -> None:
+    import triton
+
+    wanted = sys.argv[1]
+    assert triton.__version__ == wanted, f"this process has Triton {triton.__version__}, the tests have {wanted}"
+    watched_memory.watch()
     if "--package" in sys.argv:
         use_cuda_kernels_on_the_cpu()
     load(str(Path(__file__).resolve().parents[2] / "kernels"))

@@ -53,6 +53,21 @@ def test_more_row_tiles_than_programs(interpreted, problem):
     check(y, first, second, F.relu)
 
 
+def test_every_program_has_a_scratch_of_its_own(interpreted, problem):
+    """Three programs. The interpreter runs one after the other, but knows who wrote what (watched_memory.py)."""
+    first, second = problem((37, 32, 16)), problem((37, 16, 32))
+    given = {"first": weight_of(first, False), "second": weight_of(second, False), "activation": 1}
+    y = interpreted(FUNCTION, x=first.x, **given, schedule=Schedule(16, 16, 16, 4, 2))
+    check(y, first, second, F.relu)
+
+
+def test_far_rows(interpreted, problem):
+    """Rows of x and of both weights past element 2**31."""
+    first, second = problem((37, 48, 32)), problem((37, 64, 48))
+    given = {"x": first.x, "first": weight_of(first, True), "second": weight_of(second, True), "activation": 1}
+    check(interpreted.far(FUNCTION, "x", "first", "second", **given), first, second, F.relu)
+
+
 @pytest.mark.parametrize("m", [0, 1])
 def test_few_rows_and_no_block(interpreted, problem, m):
     none = torch.zeros(2, 2, dtype=torch.bool)

@@ -34,6 +34,13 @@ def test_equals_where(interpreted, problem, shape, block, source, dtype):
     assert torch.equal(out, case.dense.float().to(dtype))
 
 
+def test_far_rows(interpreted, problem):
+    """From row 32 on past element 2**31."""
+    case = problem((1, 40, 300))
+    given = {"weight": case.weight, "bits": bits_of(case.mask), "block": case.block}
+    assert torch.equal(interpreted.far(FUNCTION, "weight", **given), case.dense.float())
+
+
 def test_empty(interpreted):
     out = interpreted(FUNCTION, weight=torch.zeros(0, 8), bits=torch.zeros(0, dtype=torch.uint8), block=(8, 1))
     assert out.shape == (0, 8)

@@ -1,7 +1,8 @@
 """Kernels broken on purpose, one place at a time: a test of the suite must see each.
 
-What this cannot show, because the interpreter runs one thread and one program at a time: races. A barrier left out is
-looked for in the machine code instead; on a device compute-sanitizer looks (benchmarks/gpu).
+Reads and writes outside the tensors and between programs are seen because the interpreter's memory is watched
+(watched_memory.py). What this cannot show, because it runs a program as one thread: races within one. A barrier left
+out is looked for in the machine code instead; on a device compute-sanitizer looks (benchmarks/gpu).
 """
 
 import importlib.util
@@ -35,12 +36,13 @@ def equals_dense(case, dense=False):
     return ("test_products", "test_products_equal_dense", (*case, dense, F32))
 
 
-def pathways(cut, dense=False):
-    return (
-        "test_pathways",
-        "test_forward_and_dx_equal_a_loop_over_pathways",
-        ((37, 96, 64), (16, 16), 4, dense, F32, cut),
-    )
+def pathways(cut, dense=False, shape=(37, 96, 64), block=(16, 16)):
+    return ("test_pathways", "test_forward_and_dx_equal_a_loop_over_pathways", (shape, block, 4, dense, F32, cut))
+
+
+def far(file, *arguments, test="test_far_rows"):
+    """The test of a file whose elements lie past 2**31."""
+    return (file, test, arguments)
 
 
 STRIDED = ("test_products", "test_rows_with_a_stride_and_nan_behind_the_last_element")
@@ -49,6 +51,10 @@ PACKED_PARTS = ("test_products", "test_weight_gradient_in_parts", (3, False))
 LEAK = ("test_pathways", "test_a_nan_of_another_pathway_stays_there")
 MASK = ("test_masked_weight", "test_equals_where", ((37, 53), (3, 5), F32, F32))
 FFN = ("test_ffn", "test_equals_two_products", ((5, 61, 77, 83), ((32, 16), (16, 32)), 1, F32, True))
+EPILOGUE = ("test_products", "test_activation_and_residual", (0, F32))
+UNION_EDGES = pathways("union", True, (5, 77, 83), (16, 32))
+FAR_UNION, FAR_SEGMENTS = (far("test_pathways", cut, test="test_far_rows_and_blocks") for cut in ("union", "segments"))
+FAR_WEIGHT = far("test_products", test="test_a_far_weight")
 LARGER = ("test_products", "test_a_block_larger_than_the_tile", ((64, 32), 16))
 
 LOOP, LINEAR, DW, MASKED = "block_product.py", "bcsr_linear.py", "bcsr_linear_dw.py", "masked_weight.py"
@@ -59,6 +65,20 @@ MUTATIONS = {
     "loop_wrong_block": Mutation(LOOP, "index_ptr + entry", "index_ptr + begin", equals_dense(FULL)),
     "loop_no_tail_of_x": Mutation(LOOP, "in_m & (k[None, :] < N_RED)", "in_m", (*STRIDED, (F32, False))),
     "loop_no_tail_of_w": Mutation(LOOP, "(k[:, None] < N_RED) & ", "", (*STRIDED, (F32, True))),
+    "loop_no_output_tail_of_w": Mutation(
+        LOOP,
+        "in_w = (k[:, None] < N_RED) & (o[None, :] < N_OUT)",
+        "in_w = k[:, None] < N_RED",
+        equals_dense(EDGES, dense=True),
+    ),
+    "loop_rows_past_the_last": Mutation(
+        LOOP, "mask=in_m & (k[None, :] < N_RED)", "mask=k[None, :] < N_RED", equals_dense(FULL)
+    ),
+    "loop_block_in_32_bits": Mutation(
+        LOOP, "tl.load(pos_ptr + entry)).to(tl.int64)", "tl.load(pos_ptr + entry))", FAR_WEIGHT
+    ),
+    "loop_output_in_32_bits": Mutation(LOOP, "o[None, :].to(tl.int64)", "o[None, :]", FAR_WEIGHT),
+    "loop_input_in_32_bits": Mutation(LOOP, "k[:, None].to(tl.int64)", "k[:, None]", FAR_WEIGHT),
     "loop_forgets_the_sum": Mutation(LOOP, "tl.dot(x, w, acc, ", "tl.dot(x, w, ", equals_dense(FULL)),
     "loop_ignores_pos": Mutation(
         LOOP,
@@ -67,11 +87,13 @@ MUTATIONS = {
         ("test_products", "test_pos_selects_blocks_and_leaves_the_others_unread", ()),
     ),
     "loop_wrong_step": Mutation(LOOP, "step % STEPS * TILE_RED", "step % STEPS * 16", LARGER),
-    "epilogue_wrong_stride": Mutation(
-        LOOP,
-        "m[:, None] * residual_stride_m",
-        "m[:, None] * y_stride_m",
-        ("test_products", "test_activation_and_residual", (0, F32)),
+    "epilogue_wrong_stride": Mutation(LOOP, "m[:, None] * residual_stride_m", "m[:, None] * y_stride_m", EPILOGUE),
+    "epilogue_bias_past_the_last": Mutation(LOOP, "o[None, :], mask=in_o, other=0.0)", "o[None, :])", EPILOGUE),
+    "epilogue_residual_past_the_last_output": Mutation(
+        LOOP, "tl.load(place, mask=in_m & in_o", "tl.load(place, mask=in_m", EPILOGUE
+    ),
+    "epilogue_residual_past_the_last_row": Mutation(
+        LOOP, "tl.load(place, mask=in_m & in_o", "tl.load(place, mask=in_o", EPILOGUE
     ),
     "epilogue_wrong_constant": Mutation(
         LOOP, "0.7071067811865476", "0.7978845608", ("test_products", "test_activation_and_residual", (2, F32))
@@ -81,6 +103,9 @@ MUTATIONS = {
     ),
     # forward and dX
     "linear_last_row": Mutation(LINEAR, "m[:, None] < M", "m[:, None] < M - 1", equals_dense(FULL)),
+    "linear_tile_in_32_bits": Mutation(
+        LINEAR, "(tl.program_id(0) // strips).to(tl.int64)", "tl.program_id(0) // strips", far("test_products")
+    ),
     "linear_empty_list": Mutation(
         LINEAR, "strip * TILE_OUT // OUT + 1)", "strip * TILE_OUT // OUT)", equals_dense(FULL)
     ),
@@ -94,6 +119,15 @@ MUTATIONS = {
     # dW
     "dw_last_entry": Mutation(DW, "entry >= count:", "entry >= count - 1:", equals_dense(FULL)),
     "dw_last_row": Mutation(DW, "used = m < last", "used = m < last - 1", equals_dense(FULL)),
+    "dw_rows_in_32_bits": Mutation(
+        DW, "tl.arange(0, TILE_M).to(tl.int64)", "tl.arange(0, TILE_M)", far("test_products")
+    ),
+    "dw_pathway_past_the_last_row": Mutation(
+        DW,
+        "tl.load(pathway_ptr + m, mask=used, other=0)",
+        "tl.load(pathway_ptr + m)",
+        ("test_pathways", "test_weight_gradient_sums_the_rows_that_use_a_block", (1, True)),
+    ),
     "dw_block_transposed": Mutation(
         DW, "c[None, :] * R + r[:, None]", "r[:, None] * C + c[None, :]", equals_dense(FULL)
     ),
@@ -109,6 +143,7 @@ MUTATIONS = {
     # mask and cast
     "mask_bits_reversed": Mutation(MASKED, "(block & 7).to", "(7 - (block & 7)).to", MASK),
     "mask_wrong_grid": Mutation(MASKED, "tl.cdiv(K, C) + (k", "(K // C) + (k", MASK),
+    "mask_row_in_32_bits": Mutation(MASKED, "n[:, None].to(tl.int64)\n", "n[:, None]\n", far("test_masked_weight")),
     "mask_reads_pruned": Mutation(MASKED, "mask=inside & kept", "mask=inside", MASK),
     # rows of several pathways
     "union_leaks_nan": Mutation(
@@ -119,6 +154,31 @@ MUTATIONS = {
     ),
     "union_bits_of_the_entry": Mutation(PATHWAY, "bits_ptr + block", "bits_ptr + entry", pathways("union")),
     "union_first_pathway_only": Mutation(PATHWAY, ">> pathway) & 1", ">> 0) & 1", pathways("union")),
+    "union_no_tail_of_x": Mutation(
+        PATHWAY, "mask=mine[:, None] & (k[None, :] < N_RED)", "mask=mine[:, None]", UNION_EDGES
+    ),
+    "union_no_tail_of_w": Mutation(PATHWAY, "mask=(k[:, None] < N_RED) & (o", "mask=(o", UNION_EDGES),
+    "union_no_output_tail_of_w": Mutation(
+        PATHWAY, "mask=(k[:, None] < N_RED) & (o[None, :] < N_OUT)", "mask=k[:, None] < N_RED", UNION_EDGES
+    ),
+    "union_pathway_past_the_last_row": Mutation(
+        PATHWAY, "tl.load(pathway_ptr + m, mask=in_m, other=0)", "tl.load(pathway_ptr + m)", UNION_EDGES
+    ),
+    "union_tile_in_32_bits": Mutation(
+        PATHWAY, "(tl.program_id(0) // strips).to(tl.int64)", "(tl.program_id(0) // strips)", FAR_UNION
+    ),
+    "union_block_in_32_bits": Mutation(
+        PATHWAY, "tl.load(pos_ptr + entry)).to(tl.int64)", "tl.load(pos_ptr + entry))", FAR_UNION
+    ),
+    "segment_order_past_the_tile": Mutation(
+        PATHWAY,
+        "tl.load(order_ptr + place, mask=place < last, other=0)",
+        "tl.load(order_ptr + place)",
+        pathways("segments"),
+    ),
+    "segment_rows_in_32_bits": Mutation(
+        PATHWAY, "mask=place < last, other=0).to(tl.int64)", "mask=place < last, other=0)", FAR_SEGMENTS
+    ),
     "segment_last_row": Mutation(PATHWAY, "in_m = (place < last)", "in_m = (place < last - 1)", pathways("segments")),
     "segment_wrong_list": Mutation(
         PATHWAY, "pathway * (tl.cdiv(N_OUT, OUT) + 1)", "pathway * tl.cdiv(N_OUT, OUT)", pathways("segments")
@@ -135,6 +195,15 @@ MUTATIONS = {
         "tl.cdiv(M, TILE_M), tl.num_programs(0))",
         "tl.cdiv(M, TILE_M) - 1, tl.num_programs(0))",
         FFN,
+    ),
+    "ffn_one_scratch_for_all_programs": Mutation(
+        FUSED,
+        "hidden_ptr + tl.program_id(0).to(tl.int64) * TILE_M * H",
+        "hidden_ptr",
+        ("test_ffn", "test_every_program_has_a_scratch_of_its_own", ()),
+    ),
+    "ffn_rows_in_32_bits": Mutation(
+        FUSED, "tl.arange(0, TILE_M).to(tl.int64)", "tl.arange(0, TILE_M)", far("test_ffn")
     ),
     "ffn_second_weight_transposed": Mutation(
         FUSED,

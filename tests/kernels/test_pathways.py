@@ -143,6 +143,21 @@ def test_a_nan_of_another_pathway_stays_there(interpreted, problem, cut):
 
 
 @by_cut
+def test_far_rows_and_blocks(interpreted, problem, cut):
+    """Past element 2**31: rows from 32 on of x and of a dense weight, all blocks of a packed one."""
+    mixed = Mixed(problem, (37, 48, 64), (16, 16), torch.float32)
+    expected = mixed.by_loop(lambda case: case.forward())
+    dense = arguments(mixed, problem, cut, True) | {"strides": (1 << 26, 1)}
+    expected.check(interpreted.far(FUNCTION, "x", "weight", **dense))
+    packed, before = arguments(mixed, problem, cut, False), 2**31 // 256
+    lists = packed["lists"]
+    places = torch.arange(mixed.union.col.shape[0], dtype=torch.int32) if lists.pos is None else lists.pos
+    bits = None if lists.bits is None else torch.cat([torch.zeros(before, dtype=torch.int32), lists.bits])
+    packed["lists"] = lists._replace(pos=places + before, bits=bits)
+    expected.check(interpreted.far(FUNCTION, **packed, pool="weight"))
+
+
+@by_cut
 def test_no_rows(interpreted, problem, cut):
     mixed = Mixed(problem, (0, 32, 32), (16, 16), torch.float32)
     assert interpreted(FUNCTION, **arguments(mixed, problem, cut, False)).shape == (0, 32)

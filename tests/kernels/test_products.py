@@ -171,6 +171,29 @@ def test_weight_gradient_in_parts(interpreted, problem, splits, dense):
     case.dw().check(dw if dense else unpacked(case, dw))
 
 
+FAR = (37, 48, 64)  # rows from 32 on begin past element 2**31
+
+
+def test_far_rows(interpreted, problem):
+    case = problem(FAR)
+    case.forward().check(interpreted.far(FORWARD, "x", **case.forward_arguments()))
+    case.forward().check(interpreted.far(FORWARD, "residual", **case.forward_arguments(), residual=torch.zeros(37, 48)))
+    case.dx().check(interpreted.far(DX, "dy", **case.dx_arguments()))
+    case.dw().check(interpreted.far(DW, "x", "dy", **case.dw_arguments(True), schedule=Schedule(16, 16, 16, 4, 2)))
+
+
+def test_a_far_weight(interpreted, problem):
+    """Rows of a dense one, blocks of a pool."""
+    case = problem(FAR)
+    case.forward().check(interpreted.far(FORWARD, "values", **case.forward_arguments(True)))
+    case.dx().check(interpreted.far(DX, "values", **case.dx_arguments(True)))
+    before = 2**31 // 256
+    forward = case.forward_arguments() | {"pos": torch.arange(case.col.shape[0], dtype=torch.int32) + before}
+    case.forward().check(interpreted.far(FORWARD, **forward, pool="values"))
+    dx = case.dx_arguments() | {"pos_t": case.pos_t + before}
+    case.dx().check(interpreted.far(DX, **dx, pool="values"))
+
+
 @by_dtype
 @pytest.mark.parametrize("number", range(5))
 def test_activation_and_residual(interpreted, problem, number, dtype):
