@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from checkout import PRETEND
 from problem import Weight, attempt, check, check_product, rows
 from sparse_pathways.kernels import bcsr_linear, bcsr_linear_dw, ffn, pathway_linear, tuning
+from strips import strips
 from timing import DEVICE, DTYPE, median_us, sets_for
 from torch import Tensor
 
@@ -289,5 +290,6 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "rivals": rivals,
     "pathways": pathways,
     "ffn": feed_forward,
+    "strips": strips,
     "tune": tune,
 }

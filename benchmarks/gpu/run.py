@@ -24,6 +24,8 @@ HERE = Path(__file__).resolve().parent
 NO_DEVICE = 3  # exit code of `part.py environment`; a crash has another
 TESTS = ["tests/kernels/test_on_device.py", "tests/ops"]
 SANITIZED = "products_equal_dense and M37 and 32x32 or feed_forward and 7 or several_pathways and 5 and bfloat16"
+STRIPS = "tests/ops/test_strips_on_device.py"
+SANITIZED_STRIPS = "few_rows or rows_apart and 200 or lstm and 5 and bfloat16 or lists_of_all or 300 and 8 and bfloat16"
 # In a dry run the device is pretended: what needs a real one (bfloat16, graphs, streams, much memory) is left out.
 PRETENDED = "float16 and not bfloat16 and (products and M37 and 16x16 or residual or union and 5 or feed_forward and 7)"
 
@@ -42,12 +44,14 @@ PARTS = (
     Part("ceilings", 25),
     Part("tests", 200),
     Part("forward", 100),
+    Part("strips", 60),
     Part("training", 60),
     Part("yardsticks", 45),
     Part("rivals", 45),
     Part("ffn", 40),
     Part("pathways", 30),
     Part("sanitizer", 90),
+    Part("racecheck", 60),
     Part("tune", 200, default=False),
 )
 
@@ -62,12 +66,15 @@ def command(name: str, out: Path, dry: bool) -> list[str] | None:
         chosen = ["tests/kernels/test_on_device.py", "-k", PRETENDED] if dry else TESTS
         parallel = ["-n", "8"] if not dry and importlib.util.find_spec("xdist") else []  # compiling is most of the time
         return [*pytest, *parallel, "--durations=5", f"--junitxml={out / 'tests.xml'}", *chosen]
-    if name == "sanitizer":
+    if name in ("sanitizer", "racecheck"):
         tool = shutil.which("compute-sanitizer")
         if dry or tool is None:
             return None
-        checked = [*pytest, TESTS[0], "-k", SANITIZED]
-        return [tool, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all", *checked]
+        checked = [*pytest, STRIPS, "-k", SANITIZED_STRIPS]
+        if name == "sanitizer":
+            checked = [*pytest, TESTS[0], STRIPS, "-k", f"{SANITIZED} or {SANITIZED_STRIPS}"]
+        kind = "memcheck" if name == "sanitizer" else "racecheck"
+        return [tool, "--tool", kind, "--error-exitcode", "9", "--target-processes", "all", *checked]
     return [sys.executable, str(HERE / "part.py"), name, str(out / f"{name}.jsonl")]
 
 
@@ -151,6 +158,9 @@ def print_rows(rows: list[dict]) -> None:
                 f"ceilings   {row['name']}: "
                 + ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("part", "name"))
             )
+        elif row["part"] == "strips":
+            refused = "; refused: " + row["refused"] if row.get("refused") else ""
+            print(f"strips     {row.get('name', row.get('op'))}: {row.get('us', 0.0):.1f} us{refused}")
         elif row["part"] == "tune":
             print(f"tune       {row['name']}: {row['best']}")
 
