@@ -28,7 +28,7 @@ from sparse_pathways.nn import (
     sparsify_,
     unpack_,
 )
-from sparse_pathways.ops import StaticLayouts, masked_linear, sparse_linear, sparse_lstm_cell
+from sparse_pathways.ops import StaticLayouts, masked_linear, sparse_feed_forward, sparse_linear, sparse_lstm_cell
 from sparse_pathways.prune import (
     GIVEN,
     Gradient,
@@ -90,6 +90,7 @@ __all__ = [
     "run_phases",
     "save_packed",
     "set_pathway",
+    "sparse_feed_forward",
     "sparse_layers",
     "sparse_linear",
     "sparse_lstm_cell",

@@ -159,7 +159,8 @@ def gather(weight: Tensor, crow: Tensor, col: Tensor, r: int, c: int) -> Tensor:
 
 
 # --- public -------------------------------------------------------------------------------------------------------
-def _wants_grad(*tensors: Tensor | None) -> bool:
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will want a gradient of one of them."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -174,7 +175,7 @@ def _product(
     """`x [M, K]` contiguous -> `[M, N]` through the backend that serves it."""
     n, values, scale = packed.shape[0], packed.values, packed.scale
     quantise_x = packed.quantise_x
-    differentiable = _wants_grad(x, values, bias, residual)
+    differentiable = wants_grad(x, values, bias, residual)
     name = backends.select(packed.device.type, values.dtype, packed.block)
     if name == "cuda" and not differentiable and not torch.compiler.is_compiling() and not is_forward_mode():
         return strips.linear(x, packed, index, bias, residual, activation)
@@ -336,7 +337,7 @@ def _checked(
             and type(y) is Tensor
             and is_plain_call()
             and bias is given
-            and not _wants_grad(x, packed.values, bias, residual)
+            and not wants_grad(x, packed.values, bias, residual)
         ):
             ready = packed.prepared.get(pathway)
             if (

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparse_pathways.layout.packed import PackedWeight
 from sparse_pathways.ops import backends, strips
-from sparse_pathways.ops.linear import _wants_grad, autocast_dtype, sparse_linear
+from sparse_pathways.ops.linear import autocast_dtype, sparse_linear, wants_grad
 from sparse_pathways.ops.prepared import Prepared as PreparedWeight
 from sparse_pathways.ops.prepared import eager_only, is_forward_mode, is_plain_call, prepare
 from sparse_pathways.ops.reference import reference_linear
@@ -265,7 +265,7 @@ def sparse_lstm(
             y, h, c = sparse_lstm(x, h, c, ih, hh, norm, reverse)
         return y.to(low), h.to(low), c.to(low)
     trained = () if norm is None else norm[:4]
-    if not _wants_grad(x, h, c, ih.packed.values, ih.bias, hh.packed.values, hh.bias, *trained):
+    if not wants_grad(x, h, c, ih.packed.values, ih.bias, hh.packed.values, hh.bias, *trained):
         if _takes_strips(x, h, ih, hh):
             xs, h0, c0 = (t.contiguous() for t in _as_steps(x, h, c))
             of_x, of_h = ((w.packed, w.packed.index(w.pathway), w.bias) for w in (ih, hh))  # type: ignore[arg-type]
