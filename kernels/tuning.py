@@ -5,6 +5,10 @@
 is measured behind the caller's back: `tune` does it when asked, checks every candidate's result before timing it, and
 writes the user's file. `benchmarks/gpu/run.py --tune` tunes the package's shapes. A schedule changes the order of a sum
 at most, never what is summed.
+
+A schedule is kept by kind, rows, block and dtype, and serves every N, K and density of these: it says how one block is
+cut, and N, K and density only change how many blocks there are. Where few programs fill the device unevenly that is a
+guess: the entry is the best of the last shape tuned, not of each.
 """
 
 import functools
@@ -38,7 +42,8 @@ def file_name(device: str) -> str:
 
 
 def key(kind: str, m: int, sides: tuple[int, int], dtype: torch.dtype) -> str:
-    """One product in a table: rows count up to the next power of two, between 16 and 65536."""
+    """The products that one entry serves: rows count up to the next power of two, between 16 and 65536; outputs,
+    inputs and density do not count."""
     rows = min(65536, max(16, triton.next_power_of_2(m)))
     return f"{kind} M{rows} {sides[0]}x{sides[1]} {str(dtype).removeprefix('torch.')}"
 

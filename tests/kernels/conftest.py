@@ -113,6 +113,10 @@ class Problem:
         x, dy = self.x.double(), self.dy.double()
         return answer(dy.T @ x * self.kept, dy.abs().T @ x.abs() * self.kept, x.shape[0], self.dtype)
 
+    def answer(self, exact: Tensor, magnitude: Tensor, terms: int) -> Answer:
+        """Another product of this dtype, for tests that have its float64 answer."""
+        return answer(exact, magnitude, terms, self.dtype)
+
     def forward_arguments(self, dense: bool = False, device: str = "cpu") -> dict[str, Any]:
         """Arguments of `bcsr_linear`, weight packed or stored dense."""
         found = {"x": self.x, "values": self.weight if dense else self.values, "crow": self.crow, "col": self.col}

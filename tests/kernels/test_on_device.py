@@ -7,6 +7,9 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="Triton is not installed")
 from sparse_pathways.kernels import bcsr_linear, bcsr_linear_dw, ffn, masked_weight, pathway_linear, tuning
 from sparse_pathways.kernels.schedule import DTYPES, Schedule
+from torch.library import opcheck
+
+OPS = torch.ops.sparse_pathways
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,13 +77,56 @@ def test_every_pipeline_depth_gives_the_same_bits(problem, block, dense):
     answers = case.forward(), case.dx(), case.dw()
     for tile_m, warps in ((16, 4), (128, 8)):
         one = Schedule(tile_m, min(block[0], 64), min(block[1], 64), warps, 1)
-        first = products(case, dense, one, one)
-        for answer, got in zip(answers, first, strict=True):
+        for answer, got in zip(answers, at_every_depth(lambda s: products(case, dense, s, s), one), strict=True):
             answer.check(got)
-        for stages in (2, 3, 4, 5):
-            deeper = one._replace(num_stages=stages)
-            for got, other in zip(products(case, dense, deeper, deeper), first, strict=True):
-                assert torch.equal(got, other), (deeper, "differs from a pipeline of one stage")
+
+
+def at_every_depth(call, one):
+    """The results of `call` under a schedule of one stage; those of deeper pipelines have the same bits."""
+    first = call(one)
+    for stages in (2, 3, 4, 5):
+        deeper = one._replace(num_stages=stages)
+        for got, other in zip(call(deeper), first, strict=True):
+            assert torch.equal(got, other), (deeper, "differs from a pipeline of one stage")
+    return first
+
+
+@by_storage
+@pytest.mark.parametrize("cut", ["union", "segments"])
+@pytest.mark.parametrize("block", [(16, 16), (64, 64)], ids=block_ids)
+def test_every_pipeline_depth_of_several_pathways(load_module, problem, block, cut, dense):
+    suite = load_module("test_pathways")
+    mixed = suite.Mixed(problem, (300, 512, 512), block, torch.bfloat16)
+    for dx in (False, True):
+        given = pathway_arguments(suite, mixed, problem, cut, dense, dx)
+        answer = mixed.by_loop(lambda case, dx=dx: case.dx() if dx else case.forward())
+        for tile_m, warps in ((16, 4), (128, 8)):
+            one = Schedule(tile_m, *block, warps, 1)
+            (y,) = at_every_depth(lambda s, given=given: [pathway_linear.pathway_linear(**given, schedule=s)], one)
+            answer.check(y)
+
+
+@by_storage
+@pytest.mark.parametrize("block", [(16, 16), (64, 64)], ids=block_ids)
+def test_every_pipeline_depth_of_the_feed_forward(load_module, problem, block, dense):
+    suite = load_module("test_ffn")
+    first, second = (problem(shape, block, torch.bfloat16) for shape in ((300, 512, 256), (300, 256, 512)))
+    x, weights = first.x.cuda(), [on_device(suite.weight_of(one, dense)) for one in (first, second)]
+    for tile_m, warps in ((16, 4), (64, 4)):
+        one = Schedule(tile_m, *block, warps, 1)
+        (y,) = at_every_depth(lambda s: [ffn.bcsr_ffn(x, *weights, 3, s)], one)
+        suite.check(y, first, second, F.silu)
+
+
+def on_device(tensors):
+    """A NamedTuple with its tensors on the device."""
+    return type(tensors)(*(one.cuda() if isinstance(one, torch.Tensor) else one for one in tensors))
+
+
+def pathway_arguments(suite, mixed, problem, cut, dense, dx=False):
+    given = suite.arguments(mixed, problem, cut, dense, dx)
+    given = {name: one.cuda() if isinstance(one, torch.Tensor) else one for name, one in given.items()}
+    return given | {"lists": on_device(given["lists"])}
 
 
 def test_every_run_gives_the_same_bits(problem):
@@ -125,10 +171,7 @@ def test_rows_of_several_pathways(load_module, problem, m, cut, dense, dtype):
     suite = load_module("test_pathways")
     mixed = suite.Mixed(problem, (m, 256, 128), (32, 32), dtype)
     for dx in (False, True):
-        given = suite.arguments(mixed, problem, cut, dense, dx)
-        lists = pathway_linear.Lists(*(None if one is None else one.cuda() for one in given["lists"]))
-        given = {name: one.cuda() if isinstance(one, torch.Tensor) else one for name, one in given.items()}
-        y = pathway_linear.pathway_linear(**given | {"lists": lists})
+        y = pathway_linear.pathway_linear(**pathway_arguments(suite, mixed, problem, cut, dense, dx))
         mixed.by_loop(lambda case, dx=dx: case.dx() if dx else case.forward()).check(y)
 
 
@@ -138,15 +181,99 @@ def test_rows_of_several_pathways(load_module, problem, m, cut, dense, dtype):
 def test_feed_forward(load_module, problem, m, dense, dtype):
     suite = load_module("test_ffn")
     first, second = problem((m, 256, 128), (32, 32), dtype), problem((m, 128, 256), (32, 32), dtype)
-
-    def on_device(weight):
-        return ffn.Weight(*(one.cuda() if isinstance(one, torch.Tensor) else one for one in weight))
-
     weights = [on_device(suite.weight_of(one, dense)) for one in (first, second)]
     y = ffn.bcsr_ffn(first.x.cuda(), *weights, 3)
     suite.check(y, first, second, F.silu)
     for _ in range(20):  # a missing barrier would show as numbers that move
         assert torch.equal(ffn.bcsr_ffn(first.x.cuda(), *weights, 3), y)
+
+
+def gradients(product, leaves, dy):
+    """(y, gradient of every leaf)."""
+    y = product(*leaves)
+    return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+
+def check_all(answers, case, results):
+    """y, dx and dvalues, and the gradient of the bias: a sum over the rows."""
+    dy = case.dy.double()
+    answers = *answers, case.answer(dy.sum(0), dy.abs().sum(0), dy.shape[0])
+    for answer, got in zip(answers, results, strict=True):
+        answer.check(got)
+
+
+def leaves_of(case):
+    return [t.cuda().requires_grad_() for t in (case.x, case.values, case.bias)]
+
+
+def packed_dw(case):
+    """Answer to the packed gradient of a weight whose sides its block divides."""
+    (nb, kb), (r, c), dense = case.mask.shape, case.block, case.dw()
+    return type(dense)(*(t.view(nb, r, kb, c).permute(0, 2, 3, 1)[case.mask] for t in dense))
+
+
+@by_dtype
+def test_operators_of_a_packed_weight(problem, dtype):
+    """Schema, fake, autograd and ahead-of-time graph of all three products. Lists in int32: opcheck compares its
+    arguments with copies, and few of torch's own operations take uint16 on a device."""
+    case = problem((37, 80, 96), (16, 32), dtype, ids=torch.int32)
+    x, values, bias = leaves_of(case)
+    union, dy, entries = (case.crow.cuda(), case.col.cuda()), case.dy.cuda(), case.col.numel()
+    pos = torch.arange(entries, dtype=torch.int32).flip(0).cuda()
+    for some, offset in ((None, bias), (pos, None)):
+        opcheck(OPS.bcsr_linear.default, (x, values, *union, some, offset, 80))
+    x, values, lists = x.detach(), values.detach(), [t.cuda() for t in (case.crow_t, case.row_t, case.pos_t)]
+    for some in (None, pos):
+        opcheck(OPS.bcsr_linear_dx.default, (dy, values, *union, some, 96))
+        opcheck(OPS.bcsr_linear_dx.default, (dy, values, *union, some, 96, *lists))
+        opcheck(OPS.bcsr_linear_dw.default, (dy, x, *union, some, 16, 32, entries))
+    opcheck(OPS.bcsr_linear_dw.default, (dy, x, *union, None, 16, 32, -1))
+
+
+@by_dtype
+def test_gradients_of_a_packed_weight_plain_and_compiled(problem, dtype):
+    case = problem((37, 80, 96), (16, 32), dtype)
+    crow, col, dy = case.crow.cuda(), case.col.cuda(), case.dy.cuda()
+
+    def product(x, values, bias):
+        return OPS.bcsr_linear(x, values, crow, col, None, bias, 80)
+
+    answers = case.forward(), case.dx(), packed_dw(case)
+    for one in (product, torch.compile(product, fullgraph=True)):
+        check_all(answers, case, gradients(one, leaves_of(case), dy))
+
+
+def lists_of(mixed, problem):
+    """Of the operator of mixed batches: the union's and every pathway's own."""
+    own, union = mixed.lists(problem, "segments"), mixed.union
+    return [t.cuda() for t in (union.crow, union.col, mixed.bits, own.start, own.index, own.pos)]
+
+
+@by_dtype
+@pytest.mark.parametrize("m", [37, 300], ids=["union", "segments"])
+def test_operators_of_several_pathways(load_module, problem, m, dtype):
+    mixed = load_module("test_pathways").Mixed(problem, (m, 80, 96), (16, 32), dtype)
+    lists = [t.int() if t.dtype == torch.uint16 else t for t in lists_of(mixed, problem)]
+    (x, values, bias), rows, dy = leaves_of(mixed.union), mixed.pathway.cuda(), mixed.union.dy.cuda()
+    for offset in (bias, None):
+        opcheck(OPS.bcsr_pathway_linear.default, (x, values, rows, *lists, offset, 80))
+    x, values = x.detach(), values.detach()
+    opcheck(OPS.bcsr_pathway_linear_dx.default, (dy, values, rows, *lists[:3], 96))
+    opcheck(OPS.bcsr_pathway_linear_dw.default, (dy, x, rows, *lists[:3], 16, 32))
+
+
+@by_dtype
+@pytest.mark.parametrize("m", [37, 300], ids=["union", "segments"])
+def test_gradients_of_several_pathways_plain_and_compiled(load_module, problem, m, dtype):
+    mixed = load_module("test_pathways").Mixed(problem, (m, 80, 96), (16, 32), dtype)
+    lists, rows, dy = lists_of(mixed, problem), mixed.pathway.cuda(), mixed.union.dy.cuda()
+
+    def product(x, values, bias):
+        return OPS.bcsr_pathway_linear(x, values, rows, *lists, bias, 80)
+
+    answers = mixed.by_loop(lambda case: case.forward()), mixed.by_loop(lambda case: case.dx()), mixed.dw()
+    for one in (product, torch.compile(product, fullgraph=True)):
+        check_all(answers, mixed.union, gradients(one, leaves_of(mixed.union), dy))
 
 
 def test_elements_past_two_to_the_31(problem):

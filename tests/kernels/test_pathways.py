@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from sparse_pathways.kernels.pathway_linear import Lists, cut_segments
@@ -64,6 +65,19 @@ class Mixed:
         u.dense = dense
         row = torch.arange(self.pathway.shape[0])
         return type(answers[0])(*(torch.stack(parts)[self.pathway, row] for parts in zip(*answers, strict=True)))
+
+    def dw(self):
+        """(exact, bound) of the packed gradient of the weight: each block from the rows whose pathway keeps it."""
+        u, (r, c) = self.union, self.union.block
+        dy = F.pad(u.dy.double(), (0, -u.dy.shape[1] % r))
+        x = F.pad(u.x.double(), (0, -u.x.shape[1] % c))
+        mine = self.masks[:, u.mask][self.pathway].double()  # [rows, blocks]: does the row's pathway keep it?
+        exact, size = [], []
+        for e, (i, j) in enumerate(u.mask.nonzero().tolist()):
+            left, right = x[:, j * c :][:, :c].T, dy[:, i * r :][:, :r] * mine[:, e, None]
+            exact.append(left @ right)
+            size.append(left.abs() @ right.abs())
+        return u.answer(torch.stack(exact), torch.stack(size), x.shape[0])
 
 
 def arguments(mixed, problem, cut, dense, dx=False):
