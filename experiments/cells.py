@@ -13,7 +13,10 @@ from experiments.stages import LANGUAGES, Cell, Study, check_cells
 from sparse_pathways.asr.config import CorpusConfig
 
 FIRST = ("dynamic-long", "lap-long", "dynamic-inside", "dynamic-distil")  # of the options
-SECOND = ("dynamic-lap50-wg", "dynamic-learned", "dynamic-hard", "dynamic-scaled", "dynamic-start50", "dynamic-churn")
+SECOND = (
+    *("dynamic-lap50-wg", "dynamic-learned", "dynamic-hard", "dynamic-scaled", "dynamic-start50", "dynamic-churn"),
+    "dynamic-1.4",
+)
 ALL_SEEDS = ("long", "lap-long")  # of the options: as many steps as LSP masks and what follows them
 
 Phases = tuple[sp.Phase, ...]
@@ -199,6 +202,7 @@ class Comparisons:
             "unstructured": ("single weights (1x1)", self.wg(), self.joint, {"block": [1, 1]}),
             "variant-b": ("updates inside pathways always", self.wg(dense_grad=False), self.joint, {}),
             "late": ("masks fixed at 90 % of the run", self.wg(freeze=round(0.9 * self.joint)), self.joint, {}),
+            "1.4": ("1.4 x the steps", self.wg(steps=self.joint + self.pooled), self.joint + self.pooled, {}),
             "long": ("twice the steps", self.wg(steps=2 * self.joint), 2 * self.joint, {}),
             "inside-distil": ("inside, distilled", self.wg(after_freeze="inside"), self.joint, {"distil": 1.0}),
         }

@@ -89,7 +89,7 @@ OPTIONS = (
         "seldom",
         "churn",
     ),
-    *("late", "long", "start50", "lap50-wg", "lsp50-wg", "variant-b", "global", "unstructured"),
+    *("late", "1.4", "long", "start50", "lap50-wg", "lsp50-wg", "variant-b", "global", "unstructured"),
 )
 
 
@@ -110,6 +110,8 @@ def _options(s: float) -> Table:
                 ("hard", "Future work 2: so do those behind hard-concrete gates"),
                 ("scaled", "Future work 2: so do those with a factor per block"),
                 ("start50", "Future work 3: a start at 50 % beats a start from dense"),
+                ("lap50-wg", "Future work 3: so does a start from a LAP mask and its weights, LAP's steps on top"),
+                ("1.4", "Here: so do as many steps as that, all from dense"),
                 ("churn", "Future work 4: an interval that follows the churn beats a fixed one"),
                 ("distil", "Future work 7: distillation lowers errors further"),
                 ("inside", "Here: updates inside the pathways once masks are fixed lower errors further"),
