@@ -36,8 +36,9 @@ def equals_dense(case, dense=False):
     return ("test_products", "test_products_equal_dense", (*case, dense, F32))
 
 
-def pathways(cut, dense=False, shape=(37, 96, 64), block=(16, 16)):
-    return ("test_pathways", "test_forward_and_dx_equal_a_loop_over_pathways", (shape, block, 4, dense, F32, cut))
+def pathways(cut, dense=False, shape=(37, 96, 64), block=(16, 16), count=4):
+    test = "test_forward_and_dx_equal_a_loop_over_pathways"
+    return ("test_pathways", test, (shape, block, count, dense, F32, cut))
 
 
 def far(file, *arguments, test="test_far_rows"):
@@ -52,7 +53,7 @@ LEAK = ("test_pathways", "test_a_nan_of_another_pathway_stays_there")
 MASK = ("test_masked_weight", "test_equals_where", ((37, 53), (3, 5), F32, F32))
 FFN = ("test_ffn", "test_equals_two_products", ((5, 61, 77, 83), ((32, 16), (16, 32)), 1, F32, True))
 EPILOGUE = ("test_products", "test_activation_and_residual", (0, F32))
-UNION_EDGES = pathways("union", True, (5, 77, 83), (16, 32))
+UNION_EDGES = pathways("union", True, (5, 77, 83), (16, 32), 3)
 FAR_UNION, FAR_SEGMENTS = (far("test_pathways", cut, test="test_far_rows_and_blocks") for cut in ("union", "segments"))
 FAR_WEIGHT = far("test_products", test="test_a_far_weight")
 LARGER = ("test_products", "test_a_block_larger_than_the_tile", ((64, 32), 16))

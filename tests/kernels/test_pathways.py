@@ -25,6 +25,9 @@ class Mixed:
         if pathways > 2:
             self.masks[1] = False
         self.union = problem(shape, block, dtype, mask=self.masks.any(0))
+        # NaN behind every row: a read past its last element is not one of the next row, which may be harmless.
+        u = self.union
+        u.x, u.dy = (F.pad(t, (0, 3), value=torch.nan)[:, : t.shape[1]] for t in (u.x, u.dy))
         rows = torch.randint(0, pathways, (m,), generator=self.rng)
         self.pathway = rows.where(rows != pathways - 1, 0) if pathways > 3 else rows  # unsorted
         entries = self.masks[:, self.union.mask]  # [pathways, union's blocks]
