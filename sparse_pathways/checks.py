@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Iterable
 
@@ -70,6 +71,8 @@ def check_mask(mask: Tensor, block: Block, shape: tuple[int, int], name: str = "
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
     """Refuse a share outside [0, 1]."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
+        raise TypeError(f"{name} = {sparsity!r}; want a number between 0 and 1, such as 0.7")
     if not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"{name} = {sparsity}; want a share between 0 and 1 (0.7, not 70)")
     return float(sparsity)

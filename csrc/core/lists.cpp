@@ -329,25 +329,35 @@ float wide(Bf16 value) {
   return number;
 }
 
-template <typename T>
+// Sum: float, or double where a block has so many elements that one float would lose the last of them.
+template <typename Sum, typename T>
 void dots(const T* a, const T* e, int64_t n, int64_t k, int64_t r, int64_t c, int64_t b0, int64_t b1, float* sums) {
   const int64_t cols = (k + c - 1) / c;
+  std::vector<Sum> line(static_cast<size_t>(cols));
   for (int64_t b = b0; b < b1; ++b) {
-    float* to = sums + b * cols;
-    std::fill_n(to, cols, 0.0f);
+    std::fill(line.begin(), line.end(), Sum(0));
     for (int64_t i = b * r; i < std::min(n, (b + 1) * r); ++i) {
       const T *of_a = a + i * k, *of_e = e + i * k;
       if (c == 1) {
-        for (int64_t j = 0; j < k; ++j) to[j] += wide(of_a[j]) * wide(of_e[j]);
+        for (int64_t j = 0; j < k; ++j) line[j] += wide(of_a[j]) * wide(of_e[j]);
         continue;
       }
       for (int64_t j = 0; j < cols; ++j) {
-        float sum = 0.0f;
+        Sum sum(0);
         for (int64_t q = j * c; q < std::min(k, (j + 1) * c); ++q) sum += wide(of_a[q]) * wide(of_e[q]);
-        to[j] += sum;
+        line[j] += sum;
       }
     }
+    std::copy(line.begin(), line.end(), sums + b * cols);
   }
+}
+
+constexpr int64_t kFloatSums = 4096;  // elements of a block
+
+template <typename T>
+void any_dots(const T* a, const T* e, int64_t n, int64_t k, int64_t r, int64_t c, int64_t b0, int64_t b1, float* sums) {
+  std::min(n, r) * std::min(k, c) <= kFloatSums ? dots<float>(a, e, n, k, r, c, b0, b1, sums)
+                                                : dots<double>(a, e, n, k, r, c, b0, b1, sums);
 }
 
 template <typename T>
@@ -400,11 +410,11 @@ void mask_weight(const void* weight, int64_t n, int64_t k, int64_t r, int64_t c,
 
 void block_dots(const float* a, const float* e, int64_t n, int64_t k, int64_t r, int64_t c, int64_t b0, int64_t b1,
                 float* sums) {
-  dots(a, e, n, k, r, c, b0, b1, sums);
+  any_dots(a, e, n, k, r, c, b0, b1, sums);
 }
 void block_dots(const Bf16* a, const Bf16* e, int64_t n, int64_t k, int64_t r, int64_t c, int64_t b0, int64_t b1,
                 float* sums) {
-  dots(a, e, n, k, r, c, b0, b1, sums);
+  any_dots(a, e, n, k, r, c, b0, b1, sums);
 }
 
 void select_highest(const float* scores, int64_t count, int64_t keep, uint8_t* kept) {

@@ -40,6 +40,11 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         """Make the Pruner, from the checkpoint's state if training is resumed."""
         saved = _read(_folder(args, state) / FILE) if state.global_step else None
+        if saved is None and self.pruner is not None:
+            raise RuntimeError(
+                "trainer.train() was called a second time: the plan has run; resume from a checkpoint, or make another "
+                "PruningCallback with the plan of what is to follow"
+            )
         self.pruner = Pruner(kwargs["model"], self.plan, kwargs["optimizer"], state=saved)
 
     def on_optimizer_step(
@@ -47,6 +52,8 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         """After the optimiser's step, before gradients are zeroed."""
         assert self.pruner is not None
+        if getattr(kwargs.get("optimizer"), "step_was_skipped", False):  # gradients have overflowed float16
+            return
         event = self.pruner.step(next(iter(sparse_layers(kwargs["model"]).values())).active)
         if event is not None:
             self.events.append(event)

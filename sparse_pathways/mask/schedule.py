@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from sparse_pathways.checks import check_sparsity
 
 
+def check_steps(name: str, value: int) -> None:
+    """Refuse a count of optimiser steps that is no whole number."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} = {value!r}; want a whole number of optimiser steps")
+
+
 @dataclass(frozen=True)
 class Constant:
     """The same sparsity at every step."""
@@ -36,6 +42,8 @@ class Cubic:
     def __post_init__(self) -> None:
         check_sparsity(self.initial, "Cubic.initial")
         check_sparsity(self.final, "Cubic.final")
+        check_steps("Cubic.begin", self.begin)
+        check_steps("Cubic.end", self.end)
         if not 0 <= self.begin <= self.end:
             raise ValueError(f"Cubic.begin = {self.begin}, end = {self.end}; want 0 <= begin <= end (optimiser steps)")
 
@@ -56,6 +64,8 @@ class Milestones:
     levels: tuple[tuple[int, float], ...]
 
     def __post_init__(self) -> None:
+        for step, _ in self.levels:
+            check_steps("Milestones.levels", step)
         object.__setattr__(self, "levels", tuple((int(step), float(level)) for step, level in self.levels))
         if not self.levels:
             raise ValueError("Milestones.levels is empty; want ((step, sparsity), ...)")

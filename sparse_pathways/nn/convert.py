@@ -94,9 +94,15 @@ def sparsify_(
         The model.
 
     Raises:
+        TypeError: filter_fn is no function.
         ValueError: nothing was chosen; a chosen layer has hooks or a computed weight.
     """
     block, names = check_block(block), check_names(pathways)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(
+            f"filter_fn = {filter_fn!r}; want a function of module and name, such as "
+            "lambda module, name: 'encoder' in name"
+        )
     swapped: list[str] = []
 
     def choose(name: str, module: nn.Module) -> nn.Module | None:

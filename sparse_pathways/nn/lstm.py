@@ -49,9 +49,9 @@ class GateLinear(SparseLinear):
         lstm, name = self._owner
         return lstm._parameters.get(f"bias_{name}")
 
-    def masked_weight(self) -> Tensor:
-        """Dense `[4H, in]`, zero where pruned; what is stored there cannot be seen in it."""
-        layout, weight = self.layout(), self.gated_weight()
+    def masked_weight(self, gated: bool = True) -> Tensor:
+        """Dense `[4H, in]`, zero where pruned; what is stored there cannot be seen in it. `gated`: with its gates."""
+        layout, weight = self.layout(), self.gated_weight() if gated else self.weight
         if layout.num_blocks == self._grid[0] * self._grid[1]:
             return weight
         kept = expand_mask(layout.to_mask(), self.block, layout.shape)
@@ -112,7 +112,7 @@ class SparseLSTM(nn.LSTM):
         with torch.no_grad():
             for key, parameter in lstm.named_parameters():
                 kind, _, name = key.partition("_")
-                parameter.copy_(self.gates[name].masked_weight() if kind == "weight" else getattr(self, key))
+                parameter.copy_(self.gates[name].masked_weight(gated=False) if kind == "weight" else getattr(self, key))
         return lstm.train(self.training)
 
     @property

@@ -22,11 +22,12 @@ def on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """`kernel` with the device of its first argument as the current one: that is where Triton launches."""
 
     @functools.wraps(kernel)
-    def guarded(x: torch.Tensor, *args: Any, **named: Any) -> Any:
-        if not x.is_cuda or x.device.index == torch.cuda.current_device():
-            return kernel(x, *args, **named)
-        with torch.cuda.device(x.device):
-            return kernel(x, *args, **named)
+    def guarded(*args: Any, **named: Any) -> Any:
+        first = args[0] if args else next(iter(named.values()))
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return kernel(*args, **named)
+        with torch.cuda.device(first.device):
+            return kernel(*args, **named)
 
     return guarded
 

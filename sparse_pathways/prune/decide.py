@@ -12,7 +12,7 @@ from sparse_pathways.mask import global_masks, nm_mask, topk_mask
 from sparse_pathways.nn import SparseLinear
 from sparse_pathways.prune.distributed import whole
 from sparse_pathways.prune.plan import PruningPlan
-from sparse_pathways.prune.scores import magnitude
+from sparse_pathways.prune.scores import Learned, magnitude
 
 Masks = dict[str, Tensor]  # layer to bool [G, NB, KB]
 
@@ -107,4 +107,19 @@ def check_reachable(layers: Mapping[str, SparseLinear], pathways: Sequence[str],
             raise ValueError(
                 f"pathway {pathway!r} has sparsity {1 - kept / blocks:.4f}, PruningPlan.schedule says {target} and "
                 "freeze = 0 never decides it: set or load the masks before making the Pruner"
+            )
+
+
+def check_apart(layers: Mapping[str, SparseLinear], plan: PruningPlan) -> None:
+    """Refuse layers that share one weight where an update of one of them would be undone, or done twice."""
+    scaled = isinstance(plan.score, Learned) and plan.score.scale_lr > 0.0
+    if plan.dense_grad and plan.after_freeze == "same" and not scaled:
+        return
+    found: dict[int, str] = {}
+    for name, layer in layers.items():
+        other = found.setdefault(id(layer.weight), name)
+        if other != name:
+            raise ValueError(
+                f"{other} and {name} share one weight, which updates inside pathways (dense_grad = False, after_freeze "
+                "= 'inside') and Learned.scale_lr cannot follow: leave one of them out, or untie them"
             )

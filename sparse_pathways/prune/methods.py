@@ -21,6 +21,7 @@ from typing import Any
 
 from sparse_pathways.checks import check_names, check_sparsity
 from sparse_pathways.mask import Constant, Cubic, Schedule
+from sparse_pathways.mask.schedule import check_steps
 from sparse_pathways.prune.phases import GIVEN, Phase, joint
 from sparse_pathways.prune.plan import PruningPlan
 from sparse_pathways.prune.scores import Learned, Magnitude, Movement, Score, as_score
@@ -365,6 +366,8 @@ def _timing(
     """Schedule, interval and freeze; what is not given follows from `steps`: one decision per `steps / decisions`."""
     check_sparsity(sparsity)
     check_sparsity(start, "start")
+    if steps is not None:
+        check_steps("steps", steps)
     if steps is not None and steps < 2:
         raise ValueError(f"steps = {steps}; want at least 2 optimiser steps, or None with a schedule of your own")
     if start and (steps is None or schedule is not None):

@@ -96,10 +96,10 @@ class PruningPlan:
         self._check_steps()
         if self.churn is not None and not 0.0 < self.churn < 1.0:
             raise ValueError(f"PruningPlan.churn = {self.churn}; want a share of the kept blocks in (0, 1), or None")
-        if isinstance(self.score, Learned) and self.score.scale_lr and not self.freeze:
+        if isinstance(self.score, Learned) and self.score.scale_lr and not self.dense_grad:
             raise ValueError(
-                f"PruningPlan.score: Learned.scale_lr = {self.score.scale_lr} with freeze = {self.freeze}: factors of "
-                "blocks become part of the weights when masks are fixed, which is never; set freeze, or scale_lr = 0"
+                f"PruningPlan.score: Learned.scale_lr = {self.score.scale_lr} with dense_grad = False: factors of "
+                "blocks move weights outside the pathway; want dense_grad = True, or scale_lr = 0"
             )
         if self.after_freeze == "inside" and not self.freeze:
             raise ValueError(

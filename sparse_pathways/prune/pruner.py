@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from sparse_pathways.checks import unknown_pathway
-from sparse_pathways.mask import block_dots, expand_blocks, expand_mask, pack_bits, unpack_bits
+from sparse_pathways.mask import block_dots, expand_mask, pack_bits, unpack_bits
 from sparse_pathways.nn import SparseLinear
 from sparse_pathways.prune import distributed
-from sparse_pathways.prune.decide import check_reachable, select, set_initial_masks_
-from sparse_pathways.prune.distributed import whole
+from sparse_pathways.prune.decide import check_apart, check_reachable, select, set_initial_masks_
+from sparse_pathways.prune.distributed import own_part, whole
 from sparse_pathways.prune.event import PruneEvent
 from sparse_pathways.prune.plan import PruningPlan
 from sparse_pathways.prune.scores import ScoreMemory, is_finite, magnitude, memory_of
-from sparse_pathways.prune.update import MaskedUpdate, check_holds, reset_moments, torch_optimizer
+from sparse_pathways.prune.update import MaskedUpdate, checked_optimizer, reset_moments, scale_blocks
 
 Masks = dict[str, Tensor]  # pathway, or layer, to bool tensor
 
@@ -46,6 +45,9 @@ class Pruner:
     def __init__(
         self, model: nn.Module, plan: PruningPlan, optimizer: Any = None, state: dict[str, Any] | None = None
     ) -> None:
+        if not isinstance(plan, PruningPlan):
+            more = "; phases, as those of methods.imp, are for run_phases" if isinstance(plan, tuple) else ""
+            raise TypeError(f"plan is a {type(plan).__name__}; want a PruningPlan{more}")
         self.plan = plan
         self.layers = {
             name or type(model).__name__: module
@@ -55,12 +57,16 @@ class Pruner:
         if not self.layers:
             raise ValueError("model holds no SparseLinear; call sparsify_(model, ...) first")
         self.pathways = self._governed()
+        check_apart(self.layers, plan)
         self.steps = 0
+        self._detached = False
         self.batches = dict.fromkeys(self.pathways, 0)
         self._memory = memory_of(plan.score)
         self._explored: Masks | None = None  # bool [P, NB, KB]: kept at some time since the schedule ended
+        self._owed: tuple[str, ...] = ()  # pathways whose decision an error has put off
+        self._fixed = plan.freeze == 0
         self._gaps = {name: [plan.interval, plan.interval] for name in self.pathways}  # interval now, next count
-        self._optimizer = self._checked(optimizer)
+        self._optimizer = checked_optimizer(optimizer, plan, self.layers)
         self._update: MaskedUpdate | None = None
         if self._optimizer is not None and not plan.dense_grad:
             self._update = MaskedUpdate(self._optimizer, {name: layer.weight for name, layer in self.layers.items()})
@@ -72,7 +78,7 @@ class Pruner:
         if self._memory is not None:
             for name, layer in self.layers.items():
                 self._memory.start(name, len(self.pathways), self._magnitude(layer))
-            self._set_gates()
+            self._set_gates(not self._fixed)
         if distributed.several_processes():
             distributed.check_same_masks({name: self._stacked(layer) for name, layer in self.layers.items()}, step=0)
         if state is not None:
@@ -91,20 +97,6 @@ class Pruner:
                 )
         return names
 
-    def _checked(self, optimizer: Any) -> Optimizer | None:
-        if optimizer is None:
-            needs = [
-                f"{name} = {value!r}"
-                for name in ("dense_grad", "moments", "after_freeze")
-                if (value := getattr(self.plan, name)) in (False, "reset", "inside")
-            ]
-            if needs:
-                raise ValueError(f"optimizer is None, but PruningPlan.{needs[0]} acts on it; pass it")
-            return None
-        optimizer = torch_optimizer(optimizer)
-        check_holds(optimizer, {name: layer.weight for name, layer in self.layers.items()})
-        return optimizer
-
     # --- one optimiser step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -119,8 +111,9 @@ class Pruner:
 
         Raises:
             KeyError: pathway not governed by the plan.
-            FloatingPointError: a score is NaN or infinite; names layer and step. The batch is not counted, averages and
-                masks stay as they were.
+            FloatingPointError: w * g, a weight or a score is NaN or infinite; names layer and step. Averages and masks
+                stay as they were; a decision that was due is made at the next step. (A step that a gradient scaler
+                skipped leaves infinite gradients: do not call this after it.)
             ValueError: a pathway without batches must be decided by its gradients.
             RuntimeError: no layer has a gradient to score by; the processes disagree.
         """
@@ -132,52 +125,55 @@ class Pruner:
             index = self.pathways.index(pathway)
             distributed.check_same_pathway(index, self.pathways, step, next(iter(self.layers.values())).weight.device)
         if self._update is not None:
-            self._update.restore(self._dense_masks(pathway))
+            self._update.restore({name: _dense(layer.mask(pathway), layer) for name, layer in self.layers.items()})
         if open_masks and self._memory is not None:
             self._observe(self._memory, pathway, step)
+        elif open_masks and self.plan.freeze != 0:  # a shard is looked at when a decision gathers it
+            weights = {n: layer.weight for n, layer in self.layers.items() if own_part(layer.weight) is layer.weight}
+            self._refuse_non_finite(weights, step, f"a weight after a batch of pathway {pathway!r}")
         self.steps = step
         self.batches[pathway] += 1
-        due = self._due(pathway)
+        due = tuple(name for name in self.pathways if name in {*self._owed, *self._due(pathway)})
         if self._explored is None and step > self.plan.schedule_end:
             self._explored = {name: self._stacked(layer) for name, layer in self.layers.items()}
+        self._owed = due  # an error in the decision puts it off to the next step, it is not lost
         event = self._decide(due, pathway) if due else None
+        self._owed = ()
         if event is not None and self.plan.churn is not None:
             self._adapt_gaps(event)
-        if step == self.plan.freeze:
-            self._fold_scales()
-            self._set_gates()
+        if not self._fixed and self.plan.freeze is not None and step >= self.plan.freeze:
+            self._fixed = True
+            self._set_gates(False)
             if self.plan.after_freeze == "inside":
                 self._stay_inside()
         return event
 
-    def _set_gates(self, on: bool = True) -> None:
-        """Have the layers ask for the gates of their blocks, as long as masks are not fixed."""
+    def _set_gates(self, on: bool) -> None:
+        """Have the layers ask for the gates of their blocks, or no longer."""
         if self._memory is None or not self._memory.gates:
             return
-        on = on and (self.plan.freeze is None or self.steps < self.plan.freeze)
         for name, layer in self.layers.items():
+            owner = None if layer.gates is None else layer.gates.func.__self__  # type: ignore[attr-defined]
+            if owner not in (None, self):
+                if on:
+                    raise ValueError(f"{name}: another Pruner draws the gates of its blocks; call its detach() first")
+                continue
             layer.gates = functools.partial(self._gate, name) if on else None
 
     def _gate(self, name: str, pathway: str, training: bool) -> Tensor | None:
-        if self._memory is None or pathway not in self.batches:
+        if not training or self._memory is None or pathway not in self.batches:
             return None
-        return self._memory.gate(name, self.pathways.index(pathway), self.batches[pathway], training)
+        return self._memory.gate(name, self.pathways.index(pathway), self.batches[pathway])
 
-    def _fold_scales(self) -> None:
-        """Make the learned factors of blocks part of the weights, which they leave the product of as it was."""
-        for name, layer in self.layers.items():
-            scale = self._memory.scale(name) if self._memory is not None else None
-            if scale is not None:
-                wide = expand_blocks(scale, layer.block, (layer.out_features, layer.in_features))
-                distributed.own_part(layer.weight).mul_(
-                    distributed.part_like(wide.to(layer.weight.dtype), layer.weight)
-                )
-
-    def _stay_inside(self) -> None:
-        """From here on a pathway's updates stay inside its masks (variant B)."""
+    def _stay_inside(self, inside: bool = True) -> None:
+        """From here on a pathway's updates stay inside its masks (variant B), or no longer do."""
         for layer in self.layers.values():
-            layer.dense_grad = False
-        if self._update is None and self._optimizer is not None:
+            layer.dense_grad = not inside
+        if not inside:
+            if self._update is not None:
+                self._update.detach()
+            self._update = None
+        elif self._update is None and self._optimizer is not None:
             weights = {name: layer.weight for name, layer in self.layers.items()}
             self._update = MaskedUpdate(self._optimizer, weights)
 
@@ -204,9 +200,6 @@ class Pruner:
             raise unknown_pathway(pathway, self.pathways)
         return pathway
 
-    def _dense_masks(self, pathway: str) -> Masks:
-        return {name: _dense(layer.mask(pathway), layer) for name, layer in self.layers.items()}
-
     def _observe(self, memory: ScoreMemory, pathway: str, step: int) -> None:
         """Gradient scores of this batch enter the averages, of all layers or of none."""
         found = {
@@ -224,7 +217,10 @@ class Pruner:
         for name, layer in self.layers.items():
             # A layer that this batch did not use has zero gradient.
             signal = found[name] if name in found else torch.zeros_like(layer.mask(pathway), dtype=torch.float32)
-            memory.add(name, index, signal, self.batches[pathway] + 1, step)
+            memory.add(name, index, signal, self.batches[pathway] + 1)
+            factor = memory.rescale(name, signal, step)
+            if factor is not None:
+                scale_blocks(layer, factor)
 
     def _refuse_non_finite(self, scores: Masks, step: int, what: str) -> None:
         for name, finite in zip(scores, is_finite(list(scores.values())), strict=True):
@@ -323,6 +319,7 @@ class Pruner:
             "plan": self.plan.to_dict(),
             "steps": self.steps,
             "batches": dict(self.batches),
+            "owed": list(self._owed),
             "gaps": {name: list(gap) for name, gap in self._gaps.items()} if self.plan.churn is not None else {},
             "explored": {name: pack_bits(mask.flatten(1)) for name, mask in (self._explored or {}).items()},
             "averages": {name: value.clone() for name, value in self._memory.tensors.items()} if self._memory else {},
@@ -335,8 +332,10 @@ class Pruner:
         Raises:
             ValueError: another plan, other layers, or masks in the model that are not those of the saved run.
         """
+        if not isinstance(state, dict) or "plan" not in state or "fingerprints" not in state:
+            raise ValueError("state is not what Pruner.state_dict() gave: it has no plan or no fingerprints")
         here = self.plan.to_dict()
-        for field, value in state["plan"].items():
+        for field, value in PruningPlan.from_dict(state["plan"]).to_dict().items():  # also one of an older version
             if here.get(field) != value:
                 raise ValueError(
                     f"PruningPlan.{field} is {here.get(field)!r}, in the saved state {value!r}; make the Pruner with "
@@ -360,14 +359,17 @@ class Pruner:
         self._explored = explored or None
         for name, (gap, due) in state.get("gaps", {}).items():
             self._gaps[name] = [int(gap), int(due)]
-        if self.plan.after_freeze == "inside" and self.steps >= (self.plan.freeze or 0):
-            self._stay_inside()
+        self._owed = tuple(state.get("owed", ()))
+        self._fixed = self.plan.freeze is not None and self.steps >= self.plan.freeze and not self._owed
+        if self.plan.after_freeze == "inside":
+            self._stay_inside(self._fixed)
         if self._memory is not None:
             self._memory.tensors = {
                 name: value.to(self._memory.tensors[name].device, copy=True)
                 for name, value in state["averages"].items()
             }
-            self._set_gates()
+            self._memory.replaced()
+            self._set_gates(not self._fixed)
 
     def _fingerprints(self) -> dict[str, int]:
         hashes = [distributed.fingerprint(self._stacked(layer)) for layer in self.layers.values()]
@@ -380,12 +382,14 @@ class Pruner:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copied layers have left their gates behind: those of a copied or unpickled Pruner ask it."""
         self.__dict__.update(state)
-        self._set_gates()
+        if not self._fixed and not self._detached and all(layer.gates is None for layer in self.layers.values()):
+            self._set_gates(True)
 
     def detach(self) -> None:
         """Let model and optimiser go: from here on steps are no longer kept inside the pathways (`dense_grad=False`),
         and blocks have no gates."""
-        self._set_gates(on=False)
+        self._detached = True
+        self._set_gates(False)
         if self._update is not None:
             self._update.detach()
             self._update = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ class Magnitude:
 class Gradient:
     """First-order change of the pathway's own loss if the block were removed: |sum over the block of w * dL/dw|.
 
+    w is the weight after the optimiser's step, as `Pruner.step` comes behind it; dL/dw is of the weight before.
     Averaged over the batches of that pathway only, so the same weight ranks differently for different pathways.
 
     Attributes:
@@ -54,7 +56,7 @@ class Gradient:
 @dataclass(frozen=True)
 class Movement:
     """How far training pushes the block away from zero: the sum of -w * dL/dw over the block and over the batches of
-    the pathway.
+    the pathway (w as in `Gradient`).
 
     Attributes:
         decay: what is left of the sum after each batch of the pathway, in (0, 1]; 1: all batches count the same.
@@ -74,7 +76,7 @@ class Learned:
     """Block scores of every pathway, trained by Adam while the weights train.
 
     A block's score moves by the gradient of its gate, which multiplies the block: dL/dgate = sum over the block of
-    w * dL/dw, where w is the weight that the product saw. Scores start from the magnitude of the blocks, divided by its
+    w * dL/dw, divided by the gate (w as in `Gradient`). Scores start from the magnitude of the blocks, divided by its
     mean over the layer.
 
     Attributes:
@@ -82,9 +84,11 @@ class Learned:
         gate: "straight-through": a kept block's gate is 1, and dL/dscore = dL/dgate. "hard-concrete": while masks are
             decided and the model trains, the gates of kept blocks are drawn anew for every batch, from between 0 and 1,
             both included, higher the higher the score; the sparsity still is that of the schedule (a ranking takes the
-            place of the penalty of the source), and fixed masks have gates of 1.
+            place of the penalty of the source), and fixed masks have gates of 1. They are drawn within the forward
+            pass, where `torch.compile` breaks its graph.
         scale_lr: 0: nothing. Else a factor per block, shared by all pathways, is trained beside its weights with this
-            learning rate, from 1 on, and becomes part of the weights when masks are fixed.
+            learning rate, while masks are decided: after every batch the block is multiplied by what Adam, on
+            dL/dfactor = (sum of w * dL/dw) / factor, has changed of it.
 
     Source: straight-through scores (arXiv 1911.13299), with Adam, per block and per pathway; hard-concrete gates
         (arXiv 1712.01312, equations 10 and 11), stretched to [-0.1, 1.1], at temperature 2 / 3.
@@ -95,11 +99,11 @@ class Learned:
     scale_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.lr > 0.0:
+        if not 0.0 < self.lr < math.inf:
             raise ValueError(f"Learned.lr = {self.lr}; want more than 0")
         if self.gate not in GATES:
             raise ValueError(f"Learned.gate = {self.gate!r}; choose one of {', '.join(GATES)}")
-        if not self.scale_lr >= 0.0:
+        if not 0.0 <= self.scale_lr < math.inf:
             raise ValueError(f"Learned.scale_lr = {self.scale_lr}; want 0 (no factors) or more")
 
 
@@ -138,9 +142,8 @@ class ScoreMemory:
         """Make room for a layer whose blocks have `magnitude` `[NB, KB]`."""
         self.tensors[layer] = magnitude.new_zeros(pathways, self.slots, *magnitude.shape)
 
-    def add(self, layer: str, index: int, signal: Tensor, batches: int, steps: int) -> None:
-        """Batch number `batches` of pathway `index`, of all pathways number `steps`; its `signal` `[NB, KB]`: the sums
-        over its blocks of w * g."""
+    def add(self, layer: str, index: int, signal: Tensor, batches: int) -> None:
+        """Batch number `batches` of pathway `index`, its `signal` `[NB, KB]`: the sums over its blocks of w * g."""
         raise NotImplementedError
 
     def score(self, layer: str, index: int, batches: int) -> Tensor:
@@ -152,14 +155,17 @@ class ScoreMemory:
         """Whether products are multiplied with `gate`s, block by block."""
         return False
 
-    def gate(self, layer: str, index: int, batches: int, training: bool) -> Tensor | None:
-        """What the blocks `[NB, KB]` of the product of pathway `index`, after `batches` of its batches, are multiplied
-        with; None: nothing."""
+    def gate(self, layer: str, index: int, batches: int) -> Tensor:
+        """What the blocks `[NB, KB]` of pathway `index` are multiplied with in training, after `batches` of its
+        batches."""
+        raise NotImplementedError
+
+    def rescale(self, layer: str, signal: Tensor, steps: int) -> Tensor | None:
+        """What the blocks `[NB, KB]` of the weight are to be multiplied with after this batch; None: nothing."""
         return None
 
-    def scale(self, layer: str) -> Tensor | None:
-        """The factors `[NB, KB]` that become part of the weight when masks are fixed; None: none."""
-        return None
+    def replaced(self) -> None:
+        """`tensors` are of another run, or of another time."""
 
 
 class _GradientMemory(ScoreMemory):
@@ -167,7 +173,7 @@ class _GradientMemory(ScoreMemory):
         super().__init__()
         self.decay = decay
 
-    def add(self, layer: str, index: int, signal: Tensor, batches: int, steps: int) -> None:
+    def add(self, layer: str, index: int, signal: Tensor, batches: int) -> None:
         self.tensors[layer][index, 0].mul_(self.decay).add_(signal.abs(), alpha=1.0 - self.decay)
 
     def score(self, layer: str, index: int, batches: int) -> Tensor:
@@ -179,7 +185,7 @@ class _MovementMemory(ScoreMemory):
         super().__init__()
         self.decay = decay
 
-    def add(self, layer: str, index: int, signal: Tensor, batches: int, steps: int) -> None:
+    def add(self, layer: str, index: int, signal: Tensor, batches: int) -> None:
         self.tensors[layer][index, 0].mul_(self.decay).sub_(signal)
 
 
@@ -210,18 +216,21 @@ class _LearnedMemory(ScoreMemory):
 
     @property
     def gates(self) -> bool:
-        return self.settings.gate == "hard-concrete" or self.settings.scale_lr > 0.0
+        return self.settings.gate == "hard-concrete"
 
-    def gate(self, layer: str, index: int, batches: int, training: bool) -> Tensor | None:
-        scale = self.scale(layer)
-        if self.settings.gate != "hard-concrete" or not training:
-            return scale
-        drawn = self._stretched(layer, index, batches).clamp(0.0, 1.0)
-        return drawn if scale is None else drawn * scale
+    def gate(self, layer: str, index: int, batches: int) -> Tensor:
+        return self._stretched(layer, index, batches).clamp(0.0, 1.0)
 
-    def scale(self, layer: str) -> Tensor | None:
+    def rescale(self, layer: str, signal: Tensor, steps: int) -> Tensor | None:
         scale = self.tensors.get(self._scale_name(layer))
-        return None if scale is None else scale[0]
+        if scale is None:
+            return None
+        before = scale[0].clone()
+        self._adam(scale, signal / before, self.settings.scale_lr, steps)
+        return scale[0].clamp_(min=self.least_scale) / before
+
+    def replaced(self) -> None:
+        self._drawn.clear()
 
     def _stretched(self, layer: str, index: int, batches: int) -> Tensor:
         """Gates before they are cut to [0, 1]: the same number for the same batch, on every rank and after a resume."""
@@ -235,11 +244,7 @@ class _LearnedMemory(ScoreMemory):
             self._drawn[layer, index] = batches, value
         return value
 
-    def add(self, layer: str, index: int, signal: Tensor, batches: int, steps: int) -> None:
-        scale = self.tensors.get(self._scale_name(layer))
-        if scale is not None:
-            self._adam(scale, signal / scale[0], self.settings.scale_lr, steps)
-            scale[0].clamp_(min=self.least_scale)
+    def add(self, layer: str, index: int, signal: Tensor, batches: int) -> None:
         if self.settings.gate == "hard-concrete":
             stretched = self._stretched(layer, index, batches - 1)
             share = (stretched - self.low) / (self.high - self.low)

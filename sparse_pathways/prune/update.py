@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sparse_pathways.mask import expand_blocks
+from sparse_pathways.nn import SparseLinear
 from sparse_pathways.prune.distributed import own_part, part_like
+from sparse_pathways.prune.plan import PruningPlan
 
 
 def torch_optimizer(optimizer: Any) -> Optimizer:
@@ -41,6 +44,28 @@ def reset_moments(optimizer: Optimizer, weight: Tensor, where: Tensor) -> None:
     where = part_like(where, weight)
     for value in moments(optimizer, weight).values():
         own_part(value).masked_fill_(where, 0.0)
+
+
+def checked_optimizer(optimizer: Any, plan: PruningPlan, layers: Mapping[str, SparseLinear]) -> Optimizer | None:
+    """The optimiser that updates the layers; None where none is given and the plan does not act on it."""
+    if optimizer is None:
+        needs = [
+            f"{name} = {value!r}"
+            for name in ("dense_grad", "moments", "after_freeze")
+            if (value := getattr(plan, name)) in (False, "reset", "inside")
+        ]
+        if needs:
+            raise ValueError(f"optimizer is None, but PruningPlan.{needs[0]} acts on it; pass it")
+        return None
+    optimizer = torch_optimizer(optimizer)
+    check_holds(optimizer, {name: layer.weight for name, layer in layers.items()})
+    return optimizer
+
+
+def scale_blocks(layer: SparseLinear, factor: Tensor) -> None:
+    """Multiply every block of the weight with its `factor` `[NB, KB]`."""
+    wide = expand_blocks(factor, layer.block, (layer.out_features, layer.in_features))
+    own_part(layer.weight).mul_(part_like(wide.to(layer.weight.dtype), layer.weight))
 
 
 class MaskedUpdate:

@@ -42,6 +42,12 @@ def test_dots_equal_a_loop_over_blocks(shape, block, dtype, rng):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * (r * c) ** 0.5)
 
 
+def test_dots_of_huge_blocks_lose_nothing():
+    ones = torch.ones(1 << 15, 1 << 10)
+    assert float(block_dots(ones, ones, (1 << 62, 1 << 62))) == 1 << 25
+    assert block_dots(ones, ones, (1 << 15, 1))[0].tolist() == [1 << 15] * (1 << 10)
+
+
 def test_dots_of_unlike_matrices_are_refused():
     with pytest.raises(ValueError, match=r"a is \(8, 4\), e is \(4, 8\); want the same shape"):
         block_dots(torch.ones(8, 4), torch.ones(4, 8))

@@ -289,3 +289,8 @@ def test_torchaudio_rnnt_converts_and_streams(rng):
                 for one in (lambda m: m.transcribe_streaming(chunk, torch.tensor([20]), None)[0],
                             lambda m: m.predict(tokens, torch.tensor([3]), None)[0]):  # fmt: skip
                     torch.testing.assert_close(one(packed), one(rnnt), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pattern_is_no_function():
+    with pytest.raises(TypeError, match=r"filter_fn = 'encoder'; want a function of module and name"):
+        sp.sparsify_(nn.Sequential(nn.Linear(8, 8)), filter_fn="encoder")

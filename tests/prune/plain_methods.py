@@ -109,7 +109,7 @@ def reference(
             gates = [
                 hard_concrete(s, module, name, seen[name]) for module, s in zip((0, 2), average[name], strict=True)
             ]
-        factors = [(g * s).detach()[i] for g, s, i in zip(gates, scales, index, strict=True)]
+        factors = [g.detach()[i] for g, i in zip(gates, index, strict=True)]
         gated = [w * f.to(w.dtype) for w, f in zip(weights, factors, strict=True)]
         used = [w * d if inside else w + (w * d - w).detach() for w, d in zip(gated, dense, strict=True)]
         loss = F.mse_loss(F.linear(torch.tanh(F.linear(x, used[0], biases[0])), used[1], biases[1]), y)
@@ -141,8 +141,11 @@ def reference(
                         (average[name][layer].grad,) = torch.autograd.grad(gate, average[name][layer], through)
             if score == "learned" and step <= FREEZE:
                 adam[name].step()
-            if scale_lr and step <= FREEZE:
+            if scale_lr and step <= FREEZE:  # the weight moves as its factors do
+                were = [scale.detach().clone() for scale in scales]
                 scaling.step()
+                for w, scale, was, i in zip(weights, scales, were, index, strict=True):
+                    w *= (scale / was)[i].to(w.dtype)
             s = TARGET + (begin - TARGET) * (1 - min(1, step / (STEPS // 2))) ** 3 if cubic else TARGET
             count = step if shared else seen[name]
             everyone = step == FREEZE or (cubic and step == STEPS // 2)
@@ -164,8 +167,4 @@ def reference(
                         for value in optimizer.state[w].values():
                             if torch.is_tensor(value) and value.shape == w.shape:
                                 value[lost[index[layer]]] = 0.0
-            if scale_lr and step == FREEZE:  # the factors become part of the weights
-                for w, scale, i in zip(weights, scales, index, strict=True):
-                    w *= scale[i].to(w.dtype)
-                    scale.fill_(1.0)
         yield [w.detach().clone() for w in weights], dict(masks)

@@ -1,6 +1,7 @@
 """Parts of a plan beyond the paper's methods: scopes, patterns, intervals that follow the churn, initial masks."""
 
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -203,29 +204,49 @@ def test_gates_are_drawn_in_training_alone_and_are_gone_with_fixed_masks(toy):
     optimizer = toy.adamw(model)
     pruner = sp.Pruner(model, gated_plan(), optimizer)
     x = torch.randn(4, 10)
-    seen, evaluated = [], {}
+    start = model[0].weight.detach().clone()
+    seen, evaluated = [], []
 
     def look(step, name, event):
         if step == pruner.plan.freeze - 1:
             with sp.pathway(model, name):
-                evaluated["before"] = model.eval()(x), model(x)
-                seen.append(model.train()(x))
-                seen.append(model(x))  # the same batch has the same gates
+                evaluated.extend([model.eval()(x), model(x)])
+                seen.extend([model.train()(x), model(x)])  # the same batch has the same gates
 
     toy.train(model, pruner, optimizer, toy.turns(pruner.plan.freeze - 1), after=look)
-    assert torch.equal(seen[0], seen[1]) and torch.equal(*evaluated["before"])
-    assert (seen[0] - evaluated["before"][0]).abs().max() > 1e-3
-    gate = next(iter(toy.layers_of(model).values())).gates("en", True)
-    scale = next(iter(toy.layers_of(model).values())).gates("en", False)
-    drawn = gate / scale
-    assert 0.0 <= drawn.min() and drawn.max() <= 1.0 + 1e-6 and (drawn < 0.9).any() and (drawn > 0.99).any()
-    assert (scale - 1.0).abs().max() > 0.01
+    assert torch.equal(*seen) and torch.equal(*evaluated)
+    assert (seen[0] - evaluated[0]).abs().max() > 1e-3
+    layer = model[0]
+    drawn = layer.gates("en", True)
+    assert layer.gates("en", False) is None
+    assert 0.0 <= drawn.min() < 0.9 and drawn.max() == 1.0
+    factor = pruner._memory.tensors["0:scale"][0]
+    assert (factor - 1.0).abs().max() > 0.01 and not torch.equal(layer.weight, start)
+    toy.train(model, pruner, optimizer, ["en"], seed=3)
+    assert layer.gates is None
+    fixed = pruner._memory.tensors["0:scale"][0].clone()
+    toy.train(model, pruner, optimizer, ["en"] * 3, seed=4)
+    assert torch.equal(fixed, pruner._memory.tensors["0:scale"][0])  # with the masks, the factors stay
 
-    with torch.no_grad():
-        pruner._fold_scales()
-    pruner._set_gates(on=False)
-    with sp.pathway(model, toy.turns(pruner.plan.freeze - 1)[-1]):
-        torch.testing.assert_close(model(x), evaluated["before"][0])
+
+def test_factors_belong_to_the_weight(toy):
+    """Whatever is made of the model in mid-run computes what the model does, and other pathways see no jump."""
+    plan = gated_plan(score=sp.Learned(scale_lr=0.02), pathways=("en",))
+    model = toy.make_model()
+    optimizer = toy.adamw(model)
+    pruner = sp.Pruner(model, plan, optimizer)
+    x = torch.randn(4, 10)
+    jumps = []
+
+    def other(step, name, event):
+        with sp.pathway(model, "fr"):
+            jumps.append(model(x).detach())
+
+    toy.train(model, pruner, optimizer, ["en"] * 30, after=other)
+    moves = [float((b - a).abs().max()) for a, b in itertools.pairwise(jumps)]
+    assert max(moves[plan.freeze - 2 : plan.freeze + 1]) < 3 * sorted(moves)[len(moves) // 2] + 1e-6
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    torch.testing.assert_close(sp.pack(model)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_layers_forget_their_gates(toy):
@@ -260,3 +281,84 @@ def test_the_gates_of_an_lstm():
     for name, value in before.items():
         moved = (pruner._memory.tensors[name] - value)[:, 0].abs().amax((1, 2))
         assert moved[0] > 1e-3 and moved[1] == 0.0
+
+
+def test_two_pruners_do_not_draw_for_one_model(toy):
+    model = toy.make_model()
+    first = sp.Pruner(model, gated_plan(), toy.adamw(model))
+    with pytest.raises(ValueError, match=r"0: another Pruner draws the gates of its blocks; call its detach\(\) first"):
+        sp.Pruner(model, gated_plan(), toy.adamw(model))
+    copy.copy(first)
+    assert all(layer.gates.func.__self__ is first for layer in first.layers.values())
+    first.detach()
+    assert all(layer.gates is None for layer in copy.deepcopy(first).layers.values())
+    sp.Pruner(model, gated_plan(), toy.adamw(model)).detach()
+
+
+@pytest.mark.parametrize("change", [{}, dict(score="gradient", after_freeze="inside")], ids=["scale", "inside"])
+def test_layers_that_share_a_weight_are_refused_where_they_must(toy, change):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    sp.sparsify_(model, (4, 1), LANGUAGES)
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="0 and 1 share one weight"):
+        sp.Pruner(model, gated_plan(**change), toy.adamw(model))
+
+
+def test_a_decision_that_fails_is_made_at_the_next_step(toy):
+    plan = replace(sp.methods.dynamic_asr_pathways(LANGUAGES, 0.6, steps=20), after_freeze="inside")
+    model = toy.make_model()
+    optimizer = toy.adamw(model)
+    pruner = sp.Pruner(model, plan, optimizer)
+    toy.train(model, pruner, optimizer, ["en"] * 9)
+    with pytest.raises(ValueError, match="pathway 'fr' had no batch by step 10"):
+        toy.train(model, pruner, optimizer, ["en"], seed=1)
+    again = toy.make_model()
+    again.load_state_dict(model.state_dict())
+    again_optimizer = toy.adamw(again)
+    resumed = sp.Pruner(again, plan, again_optimizer, state=pruner.state_dict())
+    for one, parts in ((pruner, (model, pruner, optimizer)), (resumed, (again, resumed, again_optimizer))):
+        events = []
+        toy.train(*parts, ["fr"], seed=2, after=lambda step, name, event, to=events: to.append(event))
+        assert events[0].decided == LANGUAGES and one.steps == 11
+        assert toy.kept(parts[0], "fr") == toy.kept(parts[0], "en") == toy.target(parts[0], 0.6)
+
+
+def test_an_earlier_state_undoes_what_followed_the_freeze(toy):
+    plan = replace(sp.methods.dynamic_asr_pathways(LANGUAGES, 0.6, steps=20), after_freeze="inside")
+    model = toy.make_model()
+    optimizer = toy.adamw(model)
+    pruner = sp.Pruner(model, plan, optimizer)
+    toy.train(model, pruner, optimizer, toy.turns(8))
+    weights, state = copy.deepcopy(model.state_dict()), pruner.state_dict()
+    toy.train(model, pruner, optimizer, toy.turns(20)[8:])
+    assert not model[0].dense_grad and pruner._update is not None
+    model.load_state_dict(weights)
+    pruner.load_state_dict(state)
+    assert model[0].dense_grad and pruner._update is None and not pruner._fixed
+
+
+def test_a_state_of_an_older_version_and_of_nobody(toy):
+    model = toy.make_model()
+    pruner = sp.Pruner(model, gated_plan(score="learned"), toy.adamw(model))
+    state = pruner.state_dict()
+    del state["plan"]["score"]["gate"], state["plan"]["score"]["scale_lr"], state["plan"]["after_freeze"], state["owed"]
+    pruner.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"state is not what Pruner\.state_dict\(\) gave"):
+        pruner.load_state_dict({})
+
+
+def test_a_weight_that_is_not_finite_is_named_at_once(toy):
+    model = toy.make_model()
+    optimizer = toy.adamw(model)
+    pruner = sp.Pruner(model, sp.methods.lap(LANGUAGES, 0.5, steps=40), optimizer)
+    toy.train(model, pruner, optimizer, ["en"] * 2)
+    with torch.no_grad():
+        model[2].weight[1, 1] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"^2: a weight after a batch of pathway 'en' is NaN .* at step 3"):
+        pruner.step("en")
+
+
+def test_phases_are_no_plan(toy):
+    model = toy.make_model()
+    with pytest.raises(TypeError, match=r"plan is a tuple; want a PruningPlan; phases, as those of"):
+        sp.Pruner(model, sp.methods.imp(LANGUAGES, 0.5, steps=20, levels=2))

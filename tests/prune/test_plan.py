@@ -76,10 +76,10 @@ BAD = [
         r"after_freeze = 'inside' with freeze = None",
     ),
     (
-        "scale-for-ever",
-        dict(score=Learned(scale_lr=0.1), freeze=None),
+        "scale-inside",
+        dict(score=Learned(scale_lr=0.1), dense_grad=False),
         ValueError,
-        r"Learned\.scale_lr = 0\.1 with freeze = None: .* set freeze, or scale_lr = 0",
+        r"Learned\.scale_lr = 0\.1 with dense_grad = False: .* want dense_grad = True, or scale_lr = 0",
     ),
     ("after_freeze-name", dict(after_freeze="B"), ValueError, r"PruningPlan\.after_freeze = 'B'; choose one of same"),
     ("candidates", dict(candidates="some"), ValueError, r"PruningPlan\.candidates = 'some'; choose one of all, kept"),
