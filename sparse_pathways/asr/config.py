@@ -11,6 +11,9 @@ from typing import Any
 LANGUAGES = ("en", "fr", "it", "nl")
 
 
+SCORES = ("magnitude", "gradient", "movement", "learned")
+
+
 def _at_least(owner: object, minimum: float, *names: str) -> None:
     for name in names:
         if getattr(owner, name) is None or not getattr(owner, name) >= minimum:
@@ -242,7 +245,7 @@ class PruneConfig(RunConfig):
         warmup: Steps over which the learning rate rises to lr.
         method: A method of sp.methods, such as "lap" (one mask for all languages) or "dynamic_asr_pathways" (one
             pathway per language).
-        score: What ranks the blocks: "magnitude" or "gradient"; None is the method's own choice.
+        score: What ranks the blocks: "magnitude", "gradient", "movement" or "learned"; None is the method's own choice.
         sparsity: Share of blocks removed in the end.
         block: Outputs by inputs of a block; must be that of the start model if it is pruned already.
         interval: Steps (with a mask per language: of that language) between two decisions; None: from steps.
@@ -277,6 +280,15 @@ class PruneConfig(RunConfig):
         _share(self, "sparsity")
         _at_least(self, 1, "source_steps")
         _at_least(self, 0, "distil")
+        for name in ("interval", "freeze"):
+            if getattr(self, name) is not None:
+                _at_least(self, 1, name)
+        if len(self.block) != 2 or any(side < 1 for side in self.block):
+            raise ValueError(
+                f"PruneConfig.block = {self.block}; want outputs by inputs, both at least 1, such as (8, 1)"
+            )
+        if self.score not in (None, *SCORES):
+            raise ValueError(f"PruneConfig.score = {self.score!r}; want one of {', '.join(SCORES)}")
         if self.source not in (None, "lap", "lsp"):
             raise ValueError(f"PruneConfig.source = {self.source!r}; want lap, lsp or nothing")
         if self.source_sparsity is not None and not 0.0 <= self.source_sparsity <= self.sparsity:

@@ -180,6 +180,8 @@ def lth(
     names, shares = _names(pathways), _round_steps(steps, levels + 1, last)
     phases: list[Phase] = []
     point = GIVEN
+    if rewind_steps < 0:
+        raise ValueError(f"rewind_steps = {rewind_steps}; want 0 or more optimiser steps")
     if rewind_steps:
         point = f"{prefix}-point"
         phases.append(Phase(name=point, plan=_fixed(names, 0.0, norm), steps=rewind_steps))

@@ -1,6 +1,6 @@
 import pytest
 
-from sparse_pathways.asr.config import TrainConfig
+from sparse_pathways.asr.config import PruneConfig, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,23 @@ from sparse_pathways.asr.config import TrainConfig
 def test_config_refuses(fields, reason, tmp_path):
     with pytest.raises(ValueError, match=reason):
         TrainConfig(data=tmp_path, out=tmp_path, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"sparsity": 70}, r"PruneConfig\.sparsity = 70; want a share"),
+        ({"block": (0, 1)}, r"PruneConfig\.block = \(0, 1\); want outputs by inputs, both at least 1"),
+        ({"score": "size"}, r"PruneConfig\.score = 'size'; want one of magnitude, gradient, movement, learned"),
+        ({"interval": 0}, r"PruneConfig\.interval = 0; want at least 1"),
+        ({"freeze": -5}, r"PruneConfig\.freeze = -5; want at least 1"),
+        ({"source": "imp"}, r"PruneConfig\.source = 'imp'; want lap, lsp or nothing"),
+    ],
+    ids=["sparsity", "block", "score", "interval", "freeze", "source"],
+)
+def test_pruning_refuses_before_it_reads_anything(fields, reason, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        PruneConfig(data=tmp_path, out=tmp_path, start=tmp_path / "not there", **fields)
 
 
 def test_learning_rate_rises_holds_and_falls(tmp_path):

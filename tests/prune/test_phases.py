@@ -110,6 +110,7 @@ def test_levels_remove_the_same_share_of_what_is_left():
     [
         (lambda: sp.methods.imp(("en",), 0.7, steps=3, levels=6), "do not go round 6 rounds"),
         (lambda: sp.methods.imp(("en",), 0.7, steps=60, levels=0), "levels = 0; want at least 1"),
+        (lambda: sp.methods.lth(("en",), 0.7, steps=60, rewind_steps=-1), "rewind_steps = -1; want 0 or more"),
         (lambda: sp.methods.imp(("en",), 0.7, steps=60, last=0.0), r"last = 0.0; want a share of the steps"),
         (lambda: sp.methods.imp(("en",), 70, steps=60), "want a share between 0 and 1"),
         (lambda: sp.methods.lsp(("en",), 0.7, steps=60, source="prune"), "choose one of gradual, imp, lth, adaptive"),
