@@ -17,7 +17,7 @@ SECOND = (
     *("dynamic-lap50-wg", "dynamic-learned", "dynamic-hard", "dynamic-scaled", "dynamic-start50", "dynamic-churn"),
     "dynamic-1.4",
 )
-ALL_SEEDS = ("long", "lap-long")  # of the options: as many steps as LSP masks and what follows them
+ALL_SEEDS = ("1.4", "long", "lap-long")  # of the options: as many steps as LSP masks and what follows them
 
 Phases = tuple[sp.Phase, ...]
 m = sp.methods

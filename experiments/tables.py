@@ -62,6 +62,11 @@ def _main(s: float) -> Table:
             Claim(
                 "Here: so it does when both take the steps of LSP masks and what follows them", long, ("lap-long", s)
             ),
+            Claim(
+                "Here: so it does with 0.7 of the steps that those pathways took, LSP runs counted",
+                ("dynamic-1.4", s),
+                fixed,
+            ),
             Claim("Here: so it does with as many steps as those pathways took, LSP runs counted", long, fixed),
         ]
     return Table(
