@@ -55,10 +55,8 @@ def block_dots(a: Tensor, e: Tensor, block: Block = (8, 1)) -> Tensor:
     a, e = check_matrix("a", a).detach(), check_matrix("e", e).detach()
     if a.dtype != e.dtype or a.dtype not in (torch.float32, torch.bfloat16):
         a, e = a.float(), e.float()
-    rows, cols = (
-        min(rows, max(1, a.shape[0])),
-        min(cols, max(1, a.shape[1])),
-    )  # a block beyond the edge has what is there
+    # A block that reaches beyond the edge has what is there.
+    rows, cols = (min(side, max(1, size)) for side, size in zip((rows, cols), a.shape, strict=True))
     return torch.ops.sparse_pathways.block_dots.default(a.contiguous(), e.contiguous(), rows, cols)
 
 

@@ -30,7 +30,8 @@ class SparseLinear(nn.Linear):
         active: name of the pathway that `forward` uses.
         dense_grad: True: pruned weights receive a straight-through gradient; see `masked_linear`.
         gates: None, or what a `Pruner` has set while it learns masks: called with the active pathway and whether the
-            layer trains, it gives factors `[NB, KB]` of the blocks, or None. Not saved, and left behind by copies.
+            layer trains, it gives what to multiply the blocks with, `[NB, KB]`, or None. Not saved, and left behind
+            by copies.
     """
 
     block_mask: Tensor
@@ -207,7 +208,7 @@ class SparseLinear(nn.Linear):
         return masked_linear(x, self.gated_weight(), self.layout(), self.bias, dense_grad=self.dense_grad)
 
     def gated_weight(self) -> Tensor:
-        """The weight that a product sees: times the factors of `gates`, where there are any."""
+        """The weight that a product sees: times `gates`, where there are any."""
         gate = None if self.gates is None else self.gates(self.active, self.training)
         if gate is None:
             return self.weight

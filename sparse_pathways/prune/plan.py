@@ -7,6 +7,7 @@ from typing import Any
 
 from sparse_pathways.checks import check_names, check_sparsity
 from sparse_pathways.mask import Constant, Cubic, Milestones, Schedule
+from sparse_pathways.mask.schedule import check_steps
 from sparse_pathways.prune.scores import Gradient, Learned, Magnitude, Movement, Score, as_score
 
 CHOICES = {
@@ -226,7 +227,6 @@ def _part(name: str, values: dict[str, Any]) -> Any:
 
 
 def _check_step_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"PruningPlan.{name} = {value!r}; want a whole number of optimiser steps")
+    check_steps(f"PruningPlan.{name}", value)
     if value < least:
         raise ValueError(f"PruningPlan.{name} = {value}; want at least {least} (optimiser steps)")
