@@ -91,7 +91,8 @@ def open_jobs(study: Study, cells: tuple[Cell, ...], places: Places) -> Iterator
 
 
 def run_stage(study: Study, cells: tuple[Cell, ...], key: str, places: Places, threads: int) -> None:
-    """Train one stage in this process."""
+    """Train one stage in this process, which does nothing else."""
+    from sparse_pathways.asr.loop import end_processes
     from sparse_pathways.asr.train import prune_phase, train
 
     stages = all_stages(study, cells)
@@ -103,6 +104,7 @@ def run_stage(study: Study, cells: tuple[Cell, ...], key: str, places: Places, t
         else:
             folders = {name: stages[one].folder(places.runs) for name, one in stage.models.items()}
             prune_phase(config, stage.phase, folders)
+    end_processes()
     (stage.folder(places.runs) / "checkpoint.pt").unlink(missing_ok=True)  # thrice the size of the model
 
 

@@ -143,6 +143,15 @@ class Run:
         return self.config.out
 
 
+def end_processes() -> None:
+    """What a program ends with that torchrun may have started: the process group and its threads.
+
+    A thread of gloo that outlives the interpreter can abort a process whose work is done (PyTorch issue 190489).
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class _Fit:
     """The state of a run that moves."""
 

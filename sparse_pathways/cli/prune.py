@@ -17,9 +17,11 @@ def main(words: list[str]) -> int:
     )
     add_config_options(parser, PruneConfig)
     config = parser.config(PruneConfig, parser.parse_args(words))
+    from sparse_pathways.asr.loop import end_processes
     from sparse_pathways.asr.train import prune
 
     out = prune(config)
+    end_processes()
     if is_first_process():
         print(f"pruned: {out}")
     return 0

@@ -19,9 +19,11 @@ def main(words: list[str]) -> int:
     )
     add_config_options(parser, TrainConfig)
     config = parser.config(TrainConfig, parser.parse_args(words))
+    from sparse_pathways.asr.loop import end_processes
     from sparse_pathways.asr.train import train
 
     out = train(config)
+    end_processes()
     if is_first_process():
         print(f"trained: {out}")
     return 0

@@ -343,6 +343,7 @@ import sys
 from pathlib import Path
 import torch
 from sparse_pathways.asr.config import ModelConfig, PruneConfig, TrainConfig
+from sparse_pathways.asr.loop import end_processes
 from sparse_pathways.asr.train import prune, train
 
 data, out = Path(sys.argv[1]), Path(sys.argv[2])
@@ -350,6 +351,7 @@ model = ModelConfig(d_model=32, heads=2, ffn=48, layers=1, left_context=4, encod
 common = dict(data=data, steps=6, batch=2, threads=1, progress=False)
 train(TrainConfig(out=out / "dense", ctc_only_steps=2, model=model, **common))
 prune(PruneConfig(start=out / "dense", out=out / "pruned", interval=2, freeze=5, **common))
+end_processes()
 """
 
 
