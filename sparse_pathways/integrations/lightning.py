@@ -30,6 +30,7 @@ class PruningCallback(lightning.Callback):
         self.events: list[PruneEvent] = []
         self._saved: dict[str, Any] | None = None
         self._steps = 0
+        self._scale = 0.0  # of the gradients, before the last optimiser step
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Make the Pruner, from the checkpoint's state if there is one."""
@@ -38,6 +39,12 @@ class PruningCallback(lightning.Callback):
         self.pruner = Pruner(pl_module, self.plan, trainer.optimizers[0], state=self._saved)
         self._steps = trainer.global_step
 
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Any
+    ) -> None:
+        """Keep what tells a step from one that the gradient scaler skips."""
+        self._scale = _scale(trainer)
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -45,6 +52,8 @@ class PruningCallback(lightning.Callback):
         if self.pruner is None or trainer.global_step == self._steps:
             return  # gradients are still being accumulated
         self._steps = trainer.global_step
+        if _scale(trainer) < self._scale:  # gradients have overflowed float16: the step was skipped
+            return
         event = self.pruner.step(next(iter(sparse_layers(pl_module).values())).active)
         if event is not None:
             self.events.append(event)
@@ -63,3 +72,9 @@ class PruningCallback(lightning.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called before training starts."""
         self._saved = state_dict["pruner"]
+
+
+def _scale(trainer: lightning.Trainer) -> float:
+    """Factor of the gradients under float16 mixed precision, which falls where a step is skipped; 0.0 without one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 0.0 if scaler is None else float(scaler.get_scale())

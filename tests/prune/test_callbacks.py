@@ -45,11 +45,8 @@ def assert_same(model, wanted):
         torch.testing.assert_close(found.weight, layer.weight)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_lightning(toy, tmp_path, accumulate):
-    lightning = pytest.importorskip("lightning")
-    from sparse_pathways.integrations.lightning import PruningCallback
+def lightning_module(model):
+    import lightning
 
     class Module(lightning.LightningModule):
         def __init__(self, model):
@@ -64,6 +61,15 @@ def test_lightning(toy, tmp_path, accumulate):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
+    return Module(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lightning(toy, tmp_path, accumulate):
+    lightning = pytest.importorskip("lightning")
+    from sparse_pathways.integrations.lightning import PruningCallback
+
     def fit(module, batches, checkpoint=None, epochs=1):
         callback = PruningCallback(PLAN)
         trainer = lightning.Trainer(
@@ -75,18 +81,37 @@ def test_lightning(toy, tmp_path, accumulate):
         trainer.fit(module, loader, ckpt_path=checkpoint)
         return trainer, callback
 
-    module = Module(toy.make_model())
+    module = lightning_module(toy.make_model())
     trainer, callback = fit(module, data())
     assert_same(module.model, plain(toy, accumulate))
     assert callback.pruner.steps == STEPS // accumulate and len(callback.events) > 0
     if accumulate == 1:  # half, saved, and the other half
-        first = Module(toy.make_model())
+        first = lightning_module(toy.make_model())
         trainer, _ = fit(first, data()[:6])
         trainer.save_checkpoint(tmp_path / "half.ckpt")
-        second = Module(toy.make_model())
+        second = lightning_module(toy.make_model())
         _, callback = fit(second, data()[6:], tmp_path / "half.ckpt", epochs=2)
         assert callback.pruner.steps == STEPS
         assert_same(second.model, module.model)
+
+
+@pytest.mark.slow
+def test_lightning_passes_over_steps_that_the_scaler_skips(toy, tmp_path):
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.plugins import MixedPrecision
+
+    from sparse_pathways.integrations.lightning import PruningCallback
+
+    callback = PruningCallback(PLAN)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22)  # overflows until it is small enough
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=1, callbacks=[callback], default_root_dir=tmp_path, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+    )  # fmt: skip
+    trainer.fit(lightning_module(toy.make_model()), torch.utils.data.DataLoader(data(), batch_size=1, shuffle=False))
+    assert trainer.global_step == STEPS and 0 < callback.pruner.steps < STEPS
+    assert callback.pruner.steps == STEPS - round(-torch.tensor(scaler.get_scale() / 2.0**22).log2().item())
 
 
 @pytest.mark.slow
