@@ -214,8 +214,10 @@ def bcsr_ffn(x: Tensor, first: Weight, second: Weight, activation: int, schedule
     warps = 8 if max(one.tile_out, two.tile_out) >= 128 else 4
     if schedule is None:
         tile_m = min(ROWS, one.tile_m)
-        # One program per multiprocessor has its shared memory to itself: the largest tiles get a deeper pipeline.
-        stages = one.num_stages + (warps == 8 and tile_m == ROWS)
+        # One program per multiprocessor has its shared memory to itself: the largest tiles, and the smallest of few
+        # rows, which wait longest for their loads, get a deeper pipeline.
+        smallest = tile_m == 16 and max(one.tile_out, two.tile_out) <= 32
+        stages = one.num_stages + (smallest or (warps == 8 and tile_m == ROWS))
         schedule = one._replace(tile_m=tile_m, num_warps=warps, num_stages=stages)
     y = torch.empty(m, second.n, device=x.device, dtype=x.dtype)
     programs = min(PROGRAMS, triton.cdiv(m, schedule.tile_m))

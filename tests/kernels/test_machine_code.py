@@ -162,7 +162,6 @@ def test_core(machine_code, case):
 SPILL = pytest.mark.xfail(raises=AssertionError, strict=False, reason="8 bytes of registers are spilled")
 SPILLING = [
     ("segments", 100, (128, 128), 16384, True, BF16),
-    ("ffn", 90, (32, 32), 1, True, BF16),
 ]
 
 
