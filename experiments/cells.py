@@ -18,6 +18,7 @@ SECOND = (
     "dynamic-1.4",
 )
 ALL_SEEDS = ("1.4", "long", "lap-long")  # of the options: as many steps as LSP masks and what follows them
+LONG_AVERAGE = sp.Gradient(0.995)
 
 Phases = tuple[sp.Phase, ...]
 m = sp.methods
@@ -107,6 +108,27 @@ class Comparisons:
         phases = self.dynamic_from(self.lsp(start), start, s, "given", score="magnitude", dense_grad=start == s)
         return f"Dynamic from LSP {start:.0%}, magnitude", f"dynamic-lsp{round(100 * start)}", phases
 
+    def across_rows(self, s: float) -> list[tuple[str, str, Phases]]:
+        """One ranking of the blocks of all layers: one shared mask, fixed pathways, and the best of the options."""
+        lsp = [replace(phase, plan=replace(phase.plan, scope="global")) for phase in self.lsp(s)]
+        return [
+            (
+                "Dynamic, |w g|, one ranking, longer average",
+                "dynamic-across",
+                self.single(self.wg(s, scope="global", score=LONG_AVERAGE)),
+            ),
+            (
+                "LAP, one ranking",
+                "lap-across",
+                self.single(replace(m.lap(LANGUAGES, s, steps=self.joint), scope="global")),
+            ),
+            (
+                "ASR Pathways, LSP masks, one ranking",
+                "pathways-across",
+                m.joint(lsp, m.asr_pathways(LANGUAGES, s), self.joint),
+            ),
+        ]
+
     def dense_cells(self) -> Iterator[Cell]:
         """What all start from."""
         for seed in self.seeds:
@@ -193,7 +215,7 @@ class Comparisons:
             ),
             "movement": ("movement score", self.wg(score="movement"), self.joint, {}),
             "decay90": ("shorter average (0.9)", self.wg(score=sp.Gradient(0.9)), self.joint, {}),
-            "decay995": ("longer average (0.995)", self.wg(score=sp.Gradient(0.995)), self.joint, {}),
+            "decay995": ("longer average (0.995)", self.wg(score=LONG_AVERAGE), self.joint, {}),
             "often": ("decided 4 x as often", self.wg(interval=self.joint // 400), self.joint, {}),
             "seldom": ("decided a quarter as often", self.wg(interval=self.joint // 25), self.joint, {}),
             "churn": ("interval by churn (5 %)", self.wg(churn=0.05), self.joint, {}),
@@ -263,6 +285,8 @@ class Comparisons:
                 *self.table_a(),
                 *self.option_cells(),
                 *self.pattern_cells(),
+                *self.cells_of(self.across_rows(0.9), 0.9),
+                *self.cells_of(self.across_rows(0.7)[:2], 0.7),
             ]
         )
 

@@ -39,9 +39,9 @@ class PruningPlan:
             pathway, a shared mask counts all steps.
         freeze: optimiser step after which masks are fixed; at that step every mask is decided once more, so that all
             have the scheduled sparsity. 0: never decided, the initial masks stay. None: never fixed.
-        churn: None: `interval` holds. Else decisions follow how much they change: while more than this share of the
-            kept blocks of a mask is exchanged its interval is halved, while less than half of it, doubled, between
-            1 / 8 and 8 times `interval`.
+        churn: None: `interval` holds. Else decisions follow how much they change: while one prunes or brings back more
+            than this share of the kept blocks of a mask, the mask's interval is halved, while less than half of it,
+            doubled, between 1 / 8 and 8 times `interval`.
         score: what ranks the blocks: `Magnitude`, `Gradient`, `Movement` or `Learned`, or their names.
         scope: "layer": every layer has the scheduled sparsity. "global": all layers together have it, their scores are
             compared. "N:M", such as "2:4": of every M neighbouring blocks of a row N are kept; the schedule then knows

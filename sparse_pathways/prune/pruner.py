@@ -181,12 +181,12 @@ class Pruner:
         """Decide more often what changes much, less often what hardly does."""
         plan = self.plan
         assert plan.churn is not None
-        exchanged = event.regrown / max(1.0, event.density * event.blocks)
+        changed = max(event.pruned, event.regrown) / max(1.0, event.density * event.blocks)
         for name in event.decided:
             gap = self._gaps[name][0]
-            if exchanged > plan.churn:
+            if changed > plan.churn:
                 gap = max(gap // 2, plan.interval // 8, 1)
-            elif exchanged < plan.churn / 2:
+            elif changed < plan.churn / 2:
                 gap = min(gap * 2, plan.interval * 8)
             count = self.steps if plan.masks == "shared" else self.batches[name]
             self._gaps[name] = [gap, count + gap]

@@ -98,6 +98,15 @@ def test_the_interval_follows_the_churn(toy, masks):
         assert steps == [4, 6, 7, 8, 9, 10, 11, 12]
 
 
+def test_a_schedule_that_prunes_keeps_the_interval_short(toy):
+    """Blocks that go count like blocks that come: else a steep schedule would be followed in a few large leaps."""
+    model = toy.make_model()
+    plan = replace(sp.methods.gradual(LANGUAGES, 0.7, steps=64, interval=8), churn=0.05)
+    pruner, steps = sp.Pruner(model, plan, optimizer := toy.sgd(model)), []
+    toy.train(model, pruner, optimizer, ["en"] * 32, after=lambda s, n, event: steps.append(s) if event else None)
+    assert steps[:6] == [8, 12, 14, 15, 16, 17] and len(steps) > 10, steps  # towards the end of the ramp less is pruned
+
+
 def test_explored_blocks_are_those_kept_since_the_schedule_ended(toy):
     plan = replace(sp.methods.dynamic_asr_pathways(LANGUAGES, 0.6, steps=40), interval=2)
     model = toy.make_model()
