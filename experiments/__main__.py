@@ -20,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="what is missing, until nothing is; again after a kill")
     run.add_argument("--processes", type=int, default=2, help="at a time (default 2)")
     commands.add_parser("status", help="how much is done, and which stage is next")
-    commands.add_parser("tables", help="tables and plots from the JSON files")
+    commands.add_parser("tables", help="tables and plots from the JSON files, beside the folder of the results")
     for name, word in (("stage", "key"), ("measure", "title")):
         one = commands.add_parser(name, help="used by run")
         one.add_argument(word)
@@ -39,7 +39,7 @@ def main() -> int:
     elif args.command == "tables":
         from experiments.tables import write_all
 
-        write_all(study, cells, places.results, HERE)
+        write_all(study, cells, places.results, places.results.parent)
     elif args.command == "stage":
         runner.run_stage(study, cells, args.key, places, args.threads)
     elif args.command == "measure":

@@ -62,7 +62,10 @@ def is_measured(cell: Cell, key: str, places: Places) -> bool:
     path = places.result(cell)
     if not path.is_file():
         return False
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # measured again
+        return False
     return found["key"] == key and found["format"] == measure.FORMAT
 
 
@@ -96,6 +99,8 @@ def run_stage(study: Study, cells: tuple[Cell, ...], key: str, places: Places, t
     from sparse_pathways.asr.train import prune_phase, train
 
     stages = all_stages(study, cells)
+    if key not in stages:
+        raise SystemExit(f"no stage {key}; `status` names the next one")
     stage = stages[key]
     config = run_config(stage, stages, places.runs, places.data, threads)
     with _counting_cost(stage.folder(places.runs) / measure.COST):
@@ -146,7 +151,9 @@ def run_measurement(study: Study, cells: tuple[Cell, ...], title: str, places: P
     import torch
 
     torch.set_num_threads(threads)
-    cell = next(cell for cell in cells if cell.title == title)
+    cell = next((cell for cell in cells if cell.title == title), None)
+    if cell is None:
+        raise SystemExit(f"no cell {title}; there are {', '.join(cell.title for cell in cells[:3])}, ...")
     stages = all_stages(study, cells)
     own = [stages[stage.key] for stage in stages_of(study, cell)]
     result = measure.measure(cell, own, places.runs, places.data)

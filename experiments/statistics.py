@@ -100,11 +100,19 @@ class Results:
         self._found: dict[tuple[str, float], dict[int, dict[str, Any]]] = {}
         self.stale: list[str] = []
         for path in sorted(folder.glob("*.json")):
-            result = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                result = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise SystemExit(f"{path} is damaged ({error}); delete it to have the cell measured again") from error
             if keys.get(path.stem) != result["key"]:
                 self.stale.append(path.stem)
                 continue
             self._found.setdefault((result["name"], result["sparsity"]), {})[result["seed"]] = result
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing of the list is there."""
+        return not self._found
 
     def row(self, name: str, sparsity: float) -> Row | None:
         """What is there of a method at a sparsity; None: nothing yet."""

@@ -309,18 +309,25 @@ def _parity_cell(results: Results, name: str, dense: str) -> str:
 
 
 def write_all(study: Study, cells: Sequence[Cell], folder: Path, out: Path) -> None:
-    """The page and its plots."""
+    """The page and its plots, in the folder `out`.
+
+    Raises:
+        SystemExit: no result of the list is there; what is in `out` stays.
+    """
     wanted: dict[tuple[str, float], list[int]] = defaultdict(list)
     for cell in cells:
         wanted[cell.name, cell.sparsity].append(cell.seed)
     keys = {cell.title: stages_of(study, cell)[-1].key for cell in cells}
     results = Results(folder, dict(wanted), keys)
+    if results.empty:
+        raise SystemExit(f"{folder} holds no result of this list; `run` makes them")
     lines = [
         "# Results",
         "",
         "Made by `make tables` from `results/`; do not edit. WER in percent on the test split (unseen voices and "
         "sentences), mean over seeds ± standard deviation over seeds. Differences are relative and paired (same "
-        "utterances, same seeds); intervals are 95 %, by resampling utterances. A claim counts as seen when the "
+        "utterances, same seeds), so that a row of two seeds is compared with the same two of the other row, whose "
+        "mean may be of three; intervals are 95 %, by resampling utterances. A claim counts as seen when the "
         "interval is clear of zero and every seed agrees. Swapped masks: WER when every language runs with the mask of "
         "the one before it. Union: blocks in at least one pathway. Steps: optimiser steps after the dense model; CPU "
         "minutes of these, on a shared machine.",

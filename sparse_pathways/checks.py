@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numbers
+import operator
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,11 +37,11 @@ class BackendUnavailable(RuntimeError):
 
 def check_block(block: Block) -> Block:
     """Return `block` as a tuple of two positive ints, or raise."""
-    if not isinstance(block, (tuple, list)) or len(block) != 2 or not all(isinstance(b, int) for b in block):
+    if not isinstance(block, (tuple, list)) or len(block) != 2 or not all(type(b) is int for b in block):
         raise TypeError(f"block = {block!r}; want two ints (R outputs, C inputs), for example (8, 1)")
     if min(block) < 1:
         raise ValueError(f"block = {tuple(block)}; both sizes must be at least 1")
-    return int(block[0]), int(block[1])
+    return block[0], block[1]
 
 
 def grid(shape: tuple[int, int], block: Block) -> tuple[int, int]:
@@ -70,7 +72,7 @@ def check_mask(mask: Tensor, block: Block, shape: tuple[int, int], name: str = "
 
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
-    """Refuse a share outside [0, 1]."""
+    """A share in [0, 1] as float."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
         raise TypeError(f"{name} = {sparsity!r}; want a number between 0 and 1, such as 0.7")
     if not 0.0 <= sparsity <= 1.0:
@@ -78,10 +80,37 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
     return float(sparsity)
 
 
+def check_number(name: str, value: float) -> float:
+    """A real number as float (of NumPy's, too); what is none, or a truth value, is refused."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} = {value!r}; want a number")
+    return float(value)
+
+
+def check_count(name: str, value: int, least: int, unit: str = "") -> int:
+    """A whole number of at least `least` as int (of NumPy's, too)."""
+    wanted = f"a whole number{' of ' if unit else ''}{unit}"
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} = {value!r}; want {wanted}") from None
+    if isinstance(value, bool):
+        raise TypeError(f"{name} = {value!r}; want {wanted}")
+    if count < least:
+        raise ValueError(f"{name} = {count}; want at least {least}{f' ({unit})' if unit else ''}")
+    return count
+
+
+def set_plain(part: Any, name: str, value: Any) -> None:
+    """Keep a checked value in a frozen dataclass: plain, whatever number type it came as, so that it can be saved."""
+    object.__setattr__(part, name, value)
+
+
 def check_names(pathways: Iterable[str]) -> tuple[str, ...]:
     """Pathway names as a tuple: at least one, distinct, non-empty strings."""
-    if isinstance(pathways, str):
-        raise TypeError(f'pathways = {pathways!r}; want a sequence of names, for example ("{pathways}",)')
+    if isinstance(pathways, str) or not isinstance(pathways, Iterable):
+        example = pathways if isinstance(pathways, str) else "en"
+        raise TypeError(f'pathways = {pathways!r}; want a sequence of names, for example ("{example}",)')
     names = tuple(pathways)
     if not names:
         raise ValueError("pathways is empty; want at least one name")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparse_pathways.checks import check_sparsity
+from sparse_pathways.checks import check_count, check_sparsity, set_plain
 
 
-def check_steps(name: str, value: int) -> None:
-    """Refuse a count of optimiser steps that is no whole number."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} = {value!r}; want a whole number of optimiser steps")
+def check_steps(name: str, value: int, least: int = 0) -> int:
+    """A count of optimiser steps, as int."""
+    return check_count(name, value, least, "optimiser steps")
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Constant:
     sparsity: float
 
     def __post_init__(self) -> None:
-        check_sparsity(self.sparsity, "Constant.sparsity")
+        set_plain(self, "sparsity", check_sparsity(self.sparsity, "Constant.sparsity"))
 
     def __call__(self, step: int) -> float:
         """Sparsity in [0, 1] after `step` optimiser steps."""
@@ -40,11 +39,11 @@ class Cubic:
     end: int
 
     def __post_init__(self) -> None:
-        check_sparsity(self.initial, "Cubic.initial")
-        check_sparsity(self.final, "Cubic.final")
-        check_steps("Cubic.begin", self.begin)
-        check_steps("Cubic.end", self.end)
-        if not 0 <= self.begin <= self.end:
+        for name in ("initial", "final"):
+            set_plain(self, name, check_sparsity(getattr(self, name), f"Cubic.{name}"))
+        for name in ("begin", "end"):
+            set_plain(self, name, check_steps(f"Cubic.{name}", getattr(self, name)))
+        if self.begin > self.end:
             raise ValueError(f"Cubic.begin = {self.begin}, end = {self.end}; want 0 <= begin <= end (optimiser steps)")
 
     def __call__(self, step: int) -> float:
@@ -64,15 +63,17 @@ class Milestones:
     levels: tuple[tuple[int, float], ...]
 
     def __post_init__(self) -> None:
-        for step, _ in self.levels:
-            check_steps("Milestones.levels", step)
-        object.__setattr__(self, "levels", tuple((int(step), float(level)) for step, level in self.levels))
-        if not self.levels:
+        try:
+            pairs = [(step, level) for step, level in self.levels]
+        except (TypeError, ValueError):
+            raise TypeError(f"Milestones.levels = {self.levels!r}; want ((step, sparsity), ...)") from None
+        name = "Milestones.levels"
+        levels = tuple((check_steps(name, step), check_sparsity(level, name)) for step, level in pairs)
+        if not levels:
             raise ValueError("Milestones.levels is empty; want ((step, sparsity), ...)")
-        for _, level in self.levels:
-            check_sparsity(level, "Milestones.levels")
-        steps = [step for step, _ in self.levels]
-        if steps != sorted(set(steps)) or steps[0] < 0:
+        set_plain(self, "levels", levels)
+        steps = [step for step, _ in levels]
+        if steps != sorted(set(steps)):
             raise ValueError(f"Milestones.levels has steps {steps}; want rising steps from 0 on")
 
     def __call__(self, step: int) -> float:

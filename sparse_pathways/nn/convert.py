@@ -88,7 +88,9 @@ def sparsify_(
         block: (R, C) of every layer.
         pathways: names; all masks start with every block kept.
         filter_fn: `filter_fn(module, name) -> bool` chooses among the nn.Linear and nn.LSTM layers; default all of
-            them. Subclasses are left alone: owners (nn.MultiheadAttention) read `.weight` past the forward.
+            them. Subclasses are left alone: owners (nn.MultiheadAttention) read `.weight` past the forward. So is
+            every other kind of layer (nn.Conv1d, nn.GRU, transformers' Conv1D of GPT-2, ...): densities are shares of
+            what `sparse_layers(model)` lists, not of the model.
 
     Returns:
         The model.
@@ -266,8 +268,8 @@ def density(model: nn.Module, pathway: str | None = None) -> dict[str, float]:
     for name, layer in sparse_layers(model).items():
         mask = _packed_or_mask(layer, pathway)
         kept[name], blocks[name] = int(mask.sum()), mask.numel()
-    shares = {name: kept[name] / blocks[name] for name in kept}
-    return {**shares, "total": sum(kept.values()) / sum(blocks.values())}
+    shares = {name: kept[name] / max(1, blocks[name]) for name in kept}  # a layer without weights has no blocks
+    return {**shares, "total": sum(kept.values()) / max(1, sum(blocks.values()))}
 
 
 def overlap(model: nn.Module) -> dict[str, Tensor]:

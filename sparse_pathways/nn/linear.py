@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -18,9 +19,10 @@ class SparseLinear(nn.Linear):
     """`nn.Linear` with block masks: one dense `weight`, one mask per pathway, one pathway active at a time.
 
     Keys are those of nn.Linear plus the buffer `block_mask` (uint8 `[pathways, ceil(NB * KB / 8)]`, one bit per block,
-    in the order of `pathways`), so a dense checkpoint loads (masks stay as they are) and `to_linear` goes back. Writes
-    into the buffer by others (EMA, DDP) are seen at the next forward; a compiled model sees them after a call of
-    `layout()`. An average over masks means nothing: give EMA `use_buffers=False`.
+    in the order of `pathways`) and `mask_layout`, which says what its bits mean, so that masks of other blocks or
+    pathways are refused. A dense checkpoint loads (masks stay as they are) and `to_linear` goes back. Writes into the
+    buffer by others (EMA, DDP) are seen at the next forward; a compiled model sees them after a call of `layout()`. An
+    average over masks means nothing: give EMA `use_buffers=False`.
 
     Attributes:
         weight: Parameter `[out_features, in_features]`, dense; pruned values are kept and never read.
@@ -114,6 +116,19 @@ class SparseLinear(nn.Linear):
     def masks(self) -> dict[str, Tensor]:
         """{pathway: bool `[NB, KB]`}; fresh tensors, change masks by `set_mask_`."""
         return {name: self.mask(name) for name in self.pathways}
+
+    @property
+    def mask_layout(self) -> Tensor:
+        """What the bits of `block_mask` mean, for the state dict: block and pathways as JSON, uint8."""
+        text = json.dumps({"block": self.block, "pathways": self.pathways}).encode()
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.block_mask.device)
+
+    @mask_layout.setter
+    def mask_layout(self, value: Tensor) -> None:
+        """What `torch.func.functional_call` does with a state dict: it has to be that of this layer."""
+        refusal = self._refuse_layout(value)
+        if refusal is not None:
+            raise ValueError(refusal)
 
     def set_mask_(self, mask: Tensor, pathway: str | None = None) -> SparseLinear:
         """Change the mask of one pathway, or of all of them (None), and re-pack its index lists.
@@ -221,8 +236,17 @@ class SparseLinear(nn.Linear):
         self._build_layouts()
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
-        if prefix + "block_mask" not in state_dict and prefix + "weight" in state_dict:
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "mask_layout"] = self.mask_layout
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
+        state_dict = dict(state_dict)
+        refusal = self._refuse_layout(state_dict.pop(prefix + "mask_layout", None))
+        if refusal is not None:
+            errors.append(f"{prefix.rstrip('.') or type(self).__name__}: {refusal}")
+            state_dict[prefix + "block_mask"] = self.block_mask
+        elif prefix + "block_mask" not in state_dict and prefix + "weight" in state_dict:
             warnings.warn(
                 "a dense checkpoint is loaded into a sparse model: weights are replaced, masks stay as they are",
                 stacklevel=2,
@@ -230,9 +254,24 @@ class SparseLinear(nn.Linear):
             bits = self.block_mask
             if bits.is_meta:
                 bits = pack_bits(torch.ones(len(self.pathways), self._grid[0] * self._grid[1], dtype=torch.bool))
-            state_dict = {**state_dict, prefix + "block_mask": bits}
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            state_dict[prefix + "block_mask"] = bits
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self._build_layouts()
+
+    def _refuse_layout(self, saved: Tensor | None) -> str | None:
+        """Why masks with this `mask_layout` are not masks of this layer; None where they are, or nothing is said."""
+        if saved is None or saved.is_meta:
+            return None
+        try:
+            found = json.loads(bytes(saved.tolist()))
+            block, names = tuple(found["block"]), tuple(found["pathways"])
+        except (ValueError, TypeError, KeyError) as error:
+            return f"mask_layout cannot be read ({error})"
+        if block != self.block:
+            return f"the masks loaded are of blocks {block}, those of this layer of {self.block}"
+        if names != self.pathways:
+            return f"the masks loaded are of the pathways {', '.join(names)}; this layer has {', '.join(self.pathways)}"
+        return None
 
     def extra_repr(self) -> str:
         """Sizes, block, and the density of each pathway."""

@@ -64,9 +64,9 @@ def _shares(row: list[int], names: tuple[str, ...]) -> dict[str, Any]:
     both, either = rest[: len(rest) // 2], rest[len(rest) // 2 :]
     ious = [b / e if e else 1.0 for b, e in zip(both, either, strict=True)]
     return {
-        "density": {name: k / blocks for name, k in zip(names, kept, strict=True)},
+        "density": {name: k / max(1, blocks) for name, k in zip(names, kept, strict=True)},
         "overlap": sum(ious) / len(ious) if ious else 1.0,
-        "union": union / blocks,
-        "core": core / blocks,
-        "dead_rows": dead / rows,
+        "union": union / max(1, blocks),
+        "core": core / max(1, blocks),
+        "dead_rows": dead / max(1, rows),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 
@@ -60,6 +61,8 @@ def set_initial_masks_(layers: Mapping[str, SparseLinear], pathways: Sequence[st
     if plan.init == "current":
         return
     current = {name: torch.stack([layer.mask(one) for one in pathways]) for name, layer in layers.items()}
+    if plan.masks == "shared":
+        current = {name: mask.any(0, keepdim=True).expand_as(mask) for name, mask in current.items()}
     if plan.init == "dense":
         masks = {name: torch.ones_like(mask) for name, mask in current.items()}
     else:
@@ -92,6 +95,18 @@ def check_reachable(layers: Mapping[str, SparseLinear], pathways: Sequence[str],
         size = layer.mask().numel()
         least = round((1.0 - target) * size)
         blocks += size
+        if plan.scope == "layer" and size and least == 0 and target < 1.0:
+            warnings.warn(
+                f"{name}: none of its {size} blocks of {layer.block} is left at sparsity {target}, its output will be "
+                "its bias alone; leave the layer out by sparsify_(filter_fn=...), or take smaller blocks",
+                stacklevel=3,
+            )
+        unlike = any(not torch.equal(layer.mask(one), layer.mask(pathways[0])) for one in pathways)
+        if plan.masks == "shared" and plan.freeze == 0 and unlike:
+            raise ValueError(
+                f"{name}: its pathways have different masks, PruningPlan.masks = 'shared' with freeze = 0 never makes "
+                "them one; want masks = 'own', or init = 'magnitude'"
+            )
         for pathway in pathways:
             kept = int(layer.mask(pathway).sum())
             totals[pathway] += kept

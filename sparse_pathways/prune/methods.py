@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from sparse_pathways.checks import check_names, check_sparsity
+from sparse_pathways.checks import check_count, check_names, check_number, check_sparsity
 from sparse_pathways.mask import Constant, Cubic, Schedule
 from sparse_pathways.mask.schedule import check_steps
 from sparse_pathways.prune.phases import GIVEN, Phase, joint
@@ -177,12 +177,10 @@ def lth(
         rewind_steps: 0: weights go back to the model as given; else to that model after so many dense steps, which
             come on top of `steps`.
     """
-    names, shares = _names(pathways), _round_steps(steps, levels + 1, last)
+    names, shares = _names(pathways), _round_steps(steps, levels, last, before=1)
     phases: list[Phase] = []
     point = GIVEN
-    if rewind_steps < 0:
-        raise ValueError(f"rewind_steps = {rewind_steps}; want 0 or more optimiser steps")
-    if rewind_steps:
+    if check_steps("rewind_steps", rewind_steps):
         point = f"{prefix}-point"
         phases.append(Phase(name=point, plan=_fixed(names, 0.0, norm), steps=rewind_steps))
     for level, share in enumerate(shares):
@@ -329,15 +327,15 @@ def _fixed(names: tuple[str, ...] | None, sparsity: float, norm: str) -> Pruning
 
 def _level(sparsity: float, level: int, levels: int) -> float:
     """Sparsity after `level` of `levels` rounds that each remove the same share of what is left."""
-    check_sparsity(sparsity)
+    sparsity = check_sparsity(sparsity)
     return sparsity if level == levels else 1.0 - (1.0 - sparsity) ** (level / levels)
 
 
-def _round_steps(steps: int, rounds: int, last: float) -> list[int]:
-    """Steps of each round: `last` of them for the last one, the rest in equal parts."""
-    if not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"levels = {rounds}; want at least 1 round")
-    if not 0.0 < last <= 1.0:
+def _round_steps(steps: int, levels: int, last: float, before: int = 0) -> list[int]:
+    """Steps of each round, `before` rounds in front of the levels: `last` of them for the last one, the rest in equal
+    parts."""
+    steps, rounds = check_steps("steps", steps, least=1), check_count("levels", levels, 1, "rounds") + before
+    if not 0.0 < check_number("last", last) <= 1.0:
         raise ValueError(f"last = {last}; want a share of the steps in (0, 1]")
     if rounds == 1:
         return [steps]
@@ -351,6 +349,8 @@ def _round_steps(steps: int, rounds: int, last: float) -> list[int]:
 
 def _variant(dense_grad: bool) -> dict[str, Any]:
     """The two readings of the paper: A, pruned blocks keep moving and may return; B, a pathway touches only its own."""
+    if not isinstance(dense_grad, bool):
+        raise TypeError(f"dense_grad = {dense_grad!r}; want True (variant A) or False (variant B)")
     if dense_grad:
         return {"dense_grad": True, "candidates": "all", "moments": "keep"}
     return {"dense_grad": False, "candidates": "kept", "moments": "reset"}
@@ -366,10 +366,9 @@ def _timing(
     decisions: int,
 ) -> dict[str, Any]:
     """Schedule, interval and freeze; what is not given follows from `steps`: one decision per `steps / decisions`."""
-    check_sparsity(sparsity)
-    check_sparsity(start, "start")
+    sparsity, start = check_sparsity(sparsity), check_sparsity(start, "start")
     if steps is not None:
-        check_steps("steps", steps)
+        steps = check_steps("steps", steps)
     if steps is not None and steps < 2:
         raise ValueError(f"steps = {steps}; want at least 2 optimiser steps, or None with a schedule of your own")
     if start and (steps is None or schedule is not None):

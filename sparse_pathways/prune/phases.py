@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_pathways.checks import FormatError
+from sparse_pathways.checks import FormatError, check_count, set_plain
 from sparse_pathways.nn import SparseLinear, density, overlap, pathways, sparse_layers
 from sparse_pathways.prune.decide import set_initial_masks_
 from sparse_pathways.prune.plan import PruningPlan
@@ -50,11 +50,22 @@ class Phase:
     rewind: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.name or self.name == GIVEN or not self.name.replace("-", "").replace("_", "").isalnum():
+        plain = isinstance(self.name, str) and self.name.replace("-", "").replace("_", "").isalnum()
+        if not plain or self.name == GIVEN:
             raise ValueError(f"Phase.name = {self.name!r}; want letters, digits, - and _, and not {GIVEN!r}")
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"Phase.steps = {self.steps!r} of {self.name}; want at least 1 optimiser step")
-        object.__setattr__(self, "masks", tuple(self.masks))
+        if not isinstance(self.plan, PruningPlan):
+            raise TypeError(f"Phase.plan of {self.name} is a {type(self.plan).__name__}; want a PruningPlan")
+        set_plain(self, "steps", check_count(f"Phase.steps of {self.name}", self.steps, 1, "optimiser steps"))
+        last = max(self.plan.appointed)
+        if last > self.steps:
+            what = "freeze" if last == self.plan.freeze else "schedule ends"
+            raise ValueError(
+                f"Phase.steps = {self.steps} of {self.name} ends before its plan: {what} at step {last}; give the plan "
+                "and the phase the same steps"
+            )
+        if isinstance(self.masks, str):
+            raise TypeError(f"Phase.masks = {self.masks!r} of {self.name}; want a tuple of names, ({self.masks!r},)")
+        set_plain(self, "masks", tuple(self.masks))
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -85,7 +96,14 @@ Phases = Sequence[Phase]
 def check_phases(phases: Iterable[Phase]) -> tuple[Phase, ...]:
     """Refuse phases of equal names, and one that needs a phase which does not come before it."""
     seen: dict[str, Phase] = {}
+    if isinstance(phases, Phase | PruningPlan) or not isinstance(phases, Iterable):
+        raise TypeError(
+            f"phases is a {type(phases).__name__}; want a sequence of Phase, such as "
+            "(Phase(name=NAME, plan=PLAN, steps=STEPS),)"
+        )
     for phase in phases:
+        if not isinstance(phase, Phase):
+            raise TypeError(f"phases holds a {type(phase).__name__}; want Phase")
         if phase.name in seen:
             raise ValueError(f"phases: two are called {phase.name!r}; want distinct names")
         for source in phase.sources:
@@ -109,7 +127,8 @@ def joint(
     """Append joint training that takes its masks from the last phase of every pathway of `source`.
 
     Args:
-        source: phases that made masks: of all pathways at once (`lap`, `imp`) or one chain per pathway (`lsp`).
+        source: phases that made masks: of all pathways at once (those of `imp`, or one with the plan of `lap`) or one
+            chain per pathway (those of `lsp`).
         plan: of the joint phase; with `init="current"` it begins with the masks of `source`.
         steps: of the joint phase.
         weights: "given": those of the model as it was handed over; "source": those at the end of `source`, which must
@@ -216,6 +235,7 @@ def run_phases(
 
     Raises:
         ValueError: phases that do not fit each other.
+        RuntimeError: `train` left masks of another sparsity than that of the phase's plan.
         FormatError: a damaged `end.pt`.
     """
     phases = check_phases(phases)
@@ -234,9 +254,26 @@ def run_phases(
         place.mkdir(parents=True, exist_ok=True)
         plan = begin_phase_(model, phase, state_of, lambda name: plans[name].pathways or ())
         train(model, replace(phase, plan=plan), place)
+        _check_end(model, phase)
         _write(model, phase, place)
     model.load_state_dict(state_of(phases[-1].name))
     return model
+
+
+def _check_end(model: nn.Module, phase: Phase) -> None:
+    """Refuse to call a phase done that has not reached its sparsity."""
+    layers, target = sparse_layers(model), phase.plan.schedule(phase.steps)
+    if phase.plan.pattern is not None:  # groups cut off at the end of a row keep more
+        return
+    for name in phase.plan.pathways or pathways(model):
+        found = 1.0 - density(model, name)["total"]
+        blocks = sum(layer.mask(name).numel() for layer in layers.values() if isinstance(layer, SparseLinear))
+        if abs(found - target) * blocks > len(layers):
+            raise RuntimeError(
+                f"phase {phase.name!r}: train() left pathway {name!r} at sparsity {found:.4f}, its plan ends at "
+                f"{target}; train phase.steps = {phase.steps} optimiser steps, each with pruner.step(pathway) of a "
+                "Pruner(model, phase.plan, optimizer)"
+            )
 
 
 def _read(path: Path) -> State:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from sparse_pathways.checks import check_names, check_sparsity
+from sparse_pathways.checks import check_names, check_number, check_sparsity, set_plain
 from sparse_pathways.mask import Constant, Cubic, Milestones, Schedule
 from sparse_pathways.mask.schedule import check_steps
 from sparse_pathways.prune.scores import Gradient, Learned, Magnitude, Movement, Score, as_score
@@ -85,9 +85,9 @@ class PruningPlan:
                 f"PruningPlan.schedule is a {type(self.schedule).__name__}; want Constant, Cubic or Milestones, "
                 "for example Constant(0.7)"
             )
-        object.__setattr__(self, "score", as_score(self.score))
+        set_plain(self, "score", as_score(self.score))
         if self.pathways is not None:
-            object.__setattr__(self, "pathways", check_names(self.pathways))
+            set_plain(self, "pathways", check_names(self.pathways))
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"PruningPlan.{name} = {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
@@ -95,8 +95,12 @@ class PruningPlan:
             raise TypeError(f"PruningPlan.dense_grad = {self.dense_grad!r}; want True (variant A) or False (variant B)")
         self._check_scope()
         self._check_steps()
-        if self.churn is not None and not 0.0 < self.churn < 1.0:
-            raise ValueError(f"PruningPlan.churn = {self.churn}; want a share of the kept blocks in (0, 1), or None")
+        if self.churn is not None:
+            set_plain(self, "churn", check_number("PruningPlan.churn", self.churn))
+            if not 0.0 < self.churn < 1.0:
+                raise ValueError(
+                    f"PruningPlan.churn = {self.churn}; want a share of the kept blocks in (0, 1), or None"
+                )
         if isinstance(self.score, Learned) and self.score.scale_lr and not self.dense_grad:
             raise ValueError(
                 f"PruningPlan.score: Learned.scale_lr = {self.score.scale_lr} with dense_grad = False: factors of "
@@ -112,10 +116,12 @@ class PruningPlan:
     def pattern(self) -> tuple[int, int] | None:
         """(N, M) of a scope "N:M"."""
         keep, _, group = self.scope.partition(":")
-        return (int(keep), int(group)) if keep.isdigit() and group.isdigit() else None
+        return (int(keep), int(group)) if keep.isdecimal() and group.isdecimal() else None
 
     def _check_scope(self) -> None:
-        check_sparsity(self.floor, "PruningPlan.floor")
+        set_plain(self, "floor", check_sparsity(self.floor, "PruningPlan.floor"))
+        if not isinstance(self.scope, str):
+            raise TypeError(f"PruningPlan.scope = {self.scope!r}; choose layer, global, or N:M such as 2:4")
         pattern = self.pattern
         if self.scope in ("layer", "global"):
             return
@@ -131,9 +137,9 @@ class PruningPlan:
             )
 
     def _check_steps(self) -> None:
-        _check_step_count("interval", self.interval, least=1)
+        set_plain(self, "interval", check_steps("PruningPlan.interval", self.interval, least=1))
         if self.freeze is not None:
-            _check_step_count("freeze", self.freeze, least=0)
+            set_plain(self, "freeze", check_steps("PruningPlan.freeze", self.freeze))
             if 0 < self.freeze < self.schedule_end:
                 raise ValueError(
                     f"PruningPlan.freeze = {self.freeze} is before the schedule ends at step {self.schedule_end}; "
@@ -161,6 +167,13 @@ class PruningPlan:
                 return (initial, final)
             case Milestones(levels):
                 return tuple(sparsity for _, sparsity in levels)
+
+    @property
+    def appointed(self) -> frozenset[int]:
+        """Optimiser steps at which every pathway is decided, wherever its interval stands: those of a staircase, the
+        end of the schedule, and `freeze`; so that all masks reach the scheduled sparsity."""
+        stairs = [step for step, _ in self.schedule.levels] if isinstance(self.schedule, Milestones) else []
+        return frozenset(step for step in (*stairs, self.schedule_end, self.freeze) if step is not None)
 
     @property
     def schedule_end(self) -> int:
@@ -224,9 +237,3 @@ def _part(name: str, values: dict[str, Any]) -> Any:
         return KINDS[kind](**values)
     except TypeError as error:
         raise ValueError(f"PruningPlan.{name}: {error}") from error
-
-
-def _check_step_count(name: str, value: int, least: int) -> None:
-    check_steps(f"PruningPlan.{name}", value)
-    if value < least:
-        raise ValueError(f"PruningPlan.{name} = {value}; want at least {least} (optimiser steps)")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_pathways.checks import unknown_pathway
+from sparse_pathways.checks import check_count, unknown_pathway
 from sparse_pathways.mask import block_dots, expand_mask, pack_bits, unpack_bits
 from sparse_pathways.nn import SparseLinear
 from sparse_pathways.prune import distributed
@@ -45,6 +45,8 @@ class Pruner:
     def __init__(
         self, model: nn.Module, plan: PruningPlan, optimizer: Any = None, state: dict[str, Any] | None = None
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}; want an nn.Module")
         if not isinstance(plan, PruningPlan):
             more = "; phases, as those of methods.imp, are for run_phases" if isinstance(plan, tuple) else ""
             raise TypeError(f"plan is a {type(plan).__name__}; want a PruningPlan{more}")
@@ -58,6 +60,9 @@ class Pruner:
             raise ValueError("model holds no SparseLinear; call sparsify_(model, ...) first")
         self.pathways = self._governed()
         check_apart(self.layers, plan)
+        for name, layer in self.layers.items():
+            if layer.gates is not None:
+                raise ValueError(f"{name}: another Pruner draws the gates of its blocks; call its detach() first")
         self.steps = 0
         self._detached = False
         self.batches = dict.fromkeys(self.pathways, 0)
@@ -115,7 +120,8 @@ class Pruner:
                 stay as they were; a decision that was due is made at the next step. (A step that a gradient scaler
                 skipped leaves infinite gradients: do not call this after it.)
             ValueError: a pathway without batches must be decided by its gradients.
-            RuntimeError: no layer has a gradient to score by; the processes disagree.
+            RuntimeError: no layer has a gradient to score by; the optimiser has made no step since the last call, and
+                its steps are to be kept inside the pathway; the processes disagree.
         """
         pathway = self._trained(pathway)
         step = self.steps + 1
@@ -128,7 +134,7 @@ class Pruner:
             self._update.restore({name: _dense(layer.mask(pathway), layer) for name, layer in self.layers.items()})
         if open_masks and self._memory is not None:
             self._observe(self._memory, pathway, step)
-        elif open_masks and self.plan.freeze != 0:  # a shard is looked at when a decision gathers it
+        else:  # a shard is looked at when a decision gathers it
             weights = {n: layer.weight for n, layer in self.layers.items() if own_part(layer.weight) is layer.weight}
             self._refuse_non_finite(weights, step, f"a weight after a batch of pathway {pathway!r}")
         self.steps = step
@@ -154,11 +160,8 @@ class Pruner:
             return
         for name, layer in self.layers.items():
             owner = None if layer.gates is None else layer.gates.func.__self__  # type: ignore[attr-defined]
-            if owner not in (None, self):
-                if on:
-                    raise ValueError(f"{name}: another Pruner draws the gates of its blocks; call its detach() first")
-                continue
-            layer.gates = functools.partial(self._gate, name) if on else None
+            if owner in (None, self):
+                layer.gates = functools.partial(self._gate, name) if on else None
 
     def _gate(self, name: str, pathway: str, training: bool) -> Tensor | None:
         if not training or self._memory is None or pathway not in self.batches:
@@ -196,7 +199,7 @@ class Pruner:
             if len(self.pathways) > 1:
                 raise ValueError(f"pathway is None, but there are several: name one of {', '.join(self.pathways)}")
             return self.pathways[0]
-        if pathway not in self.batches:
+        if not isinstance(pathway, str) or pathway not in self.batches:
             raise unknown_pathway(pathway, self.pathways)
         return pathway
 
@@ -208,9 +211,15 @@ class Pruner:
             if layer.weight.grad is not None
         }
         if not found:
+            frozen = not any(layer.weight.requires_grad for layer in self.layers.values())
             raise RuntimeError(
                 f"no layer has a gradient at step {step}, and PruningPlan.score = {self.plan.score} reads weight.grad; "
-                "call pruner.step after backward and optimizer.step, before zero_grad"
+                + (
+                    "every sparse layer's weight has requires_grad = False: leave it True, an optimiser that does not "
+                    "hold the weight does not move it"
+                    if frozen
+                    else "call pruner.step after backward and optimizer.step, before zero_grad"
+                )
             )
         self._refuse_non_finite(found, step, f"w * g of a batch of pathway {pathway!r}")
         index = self.pathways.index(pathway)
@@ -237,8 +246,8 @@ class Pruner:
         plan = self.plan
         if plan.freeze is not None and self.steps > plan.freeze:
             return ()
-        if self.steps in (plan.freeze, plan.schedule_end):
-            return self.pathways  # every pathway reaches the scheduled sparsity, however few batches it had
+        if self.steps in plan.appointed:
+            return self.pathways  # however few batches it had
         count = self.steps if plan.masks == "shared" else self.batches[pathway]
         if count % plan.interval if plan.churn is None else count < self._gaps[pathway][1]:
             return ()
@@ -318,6 +327,8 @@ class Pruner:
         return {
             "plan": self.plan.to_dict(),
             "steps": self.steps,
+            "pathways": list(self.pathways),
+            "blocks": {name: list(layer.block) for name, layer in self.layers.items()},
             "batches": dict(self.batches),
             "owed": list(self._owed),
             "gaps": {name: list(gap) for name, gap in self._gaps.items()} if self.plan.churn is not None else {},
@@ -341,16 +352,29 @@ class Pruner:
                     f"PruningPlan.{field} is {here.get(field)!r}, in the saved state {value!r}; make the Pruner with "
                     "PruningPlan.from_dict(state['plan'])"
                 )
+        names, blocks = tuple(state.get("pathways", self.pathways)), state.get("blocks", {})
+        if names != self.pathways:
+            raise ValueError(
+                f"the state is of the pathways {', '.join(names)}; the Pruner governs {', '.join(self.pathways)}: name "
+                "those in PruningPlan.pathways, in that order"
+            )
         found, saved = self._fingerprints(), state["fingerprints"]
         for name in [*self.layers, *saved]:
             if name not in saved or name not in found:
                 raise ValueError(f"{name}: a layer of the {'model' if name in found else 'saved state'} only")
+            if tuple(blocks.get(name, self.layers[name].block)) != self.layers[name].block:
+                raise ValueError(
+                    f"{name}: the saved run had blocks {tuple(blocks[name])}, the model has {self.layers[name].block}"
+                )
             if found[name] != saved[name]:
                 raise ValueError(
                     f"{name}: the model's masks are not those of the saved run; make the Pruner, then load the model's "
                     "state, then the pruner's"
                 )
-        self.steps = int(state["steps"])
+        needed = ("steps", "batches", *(("averages",) if self._memory is not None else ()))
+        if missing := [name for name in needed if name not in state]:
+            raise ValueError(f"state has no {missing[0]!r}; want all of what Pruner.state_dict() gave")
+        self.steps = check_count("state['steps']", state["steps"], 0)
         self.batches = {name: int(state["batches"][name]) for name in self.pathways}
         explored = {
             name: unpack_bits(bits, self.layers[name].mask().numel()).view(-1, *self.layers[name].mask().shape)

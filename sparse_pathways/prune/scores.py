@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_pathways.checks import check_number, set_plain
 from sparse_pathways.mask import block_scores
 from sparse_pathways.mask.score import NORMS
 
@@ -49,6 +50,7 @@ class Gradient:
     decay: float = 0.98
 
     def __post_init__(self) -> None:
+        set_plain(self, "decay", check_number("Gradient.decay", self.decay))
         if not 0.0 <= self.decay < 1.0:
             raise ValueError(f"Gradient.decay = {self.decay}; want 0 <= decay < 1 (0 = the last batch alone)")
 
@@ -67,6 +69,7 @@ class Movement:
     decay: float = 1.0
 
     def __post_init__(self) -> None:
+        set_plain(self, "decay", check_number("Movement.decay", self.decay))
         if not 0.0 < self.decay <= 1.0:
             raise ValueError(f"Movement.decay = {self.decay}; want 0 < decay <= 1 (1 = all batches count the same)")
 
@@ -99,6 +102,8 @@ class Learned:
     scale_lr: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("lr", "scale_lr"):
+            set_plain(self, name, check_number(f"Learned.{name}", getattr(self, name)))
         if not 0.0 < self.lr < math.inf:
             raise ValueError(f"Learned.lr = {self.lr}; want more than 0")
         if self.gate not in GATES:

@@ -86,8 +86,9 @@ class MaskedUpdate:
     def _save(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._before is not None:
             raise RuntimeError(
-                "optimizer.step() was called twice without pruner.step(pathway) between: the first update would reach "
-                "weights outside the pathway; call pruner.step after every optimizer.step, or pruner.detach() when done"
+                "optimizer.step() was called twice without a step of every Pruner that watches it: the first update "
+                "would reach weights outside the pathway; call pruner.step(pathway) after every optimizer.step, and "
+                "pruner.detach() when done, also of a Pruner made earlier for this optimizer"
             )
         self._before = {
             name: {
@@ -105,16 +106,15 @@ class MaskedUpdate:
         self.__dict__.update(state)
         self._hook = self.optimizer.register_step_pre_hook(self._save)
 
-    @property
-    def pending(self) -> bool:
-        """Whether an optimiser step has been made that `restore` has not seen."""
-        return self._before is not None
-
     @torch.no_grad()
     def restore(self, masks: Mapping[str, Tensor]) -> None:
         """Put weights and moments outside `masks` (layer to bool `[N, K]`) back to what they were before the step."""
         if self._before is None:
-            return
+            raise RuntimeError(
+                "the optimizer given to Pruner has made no step since the last pruner.step(pathway), so there is "
+                "nothing to keep inside the pathway; call pruner.step after optimizer.step of that optimizer, and not "
+                "after a step that a gradient scaler skipped"
+            )
         for name, weight in self.weights.items():
             before, inside = self._before[name], part_like(masks[name], weight)
             own_part(weight).copy_(torch.where(inside, own_part(weight), before["weight"]))

@@ -105,16 +105,21 @@ def read_logs(run: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read a run's log.jsonl.
+    """Read a run's log.jsonl: one JSON object per line, with the `step` it is of. Known are `loss` and other numbers by
+    name, `event` (`dataclasses.asdict` of a PruneEvent) and `masks` (`sp.mask_report(model)`). A last line that is cut
+    off is left out: the run is being written, or was killed.
 
     Raises:
-        sp.FormatError: a line that is not a JSON object, with its number.
+        sp.FormatError: another line that is not a JSON object, with its number.
     """
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
         except ValueError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
             raise sp.FormatError(path, f"line {number}: {error}") from error
         if not isinstance(record, dict):
             raise sp.FormatError(path, f"line {number}: want a JSON object")

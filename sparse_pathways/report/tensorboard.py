@@ -43,6 +43,8 @@ def write_events(logs: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) 
     for name, records in logs.items():
         with SummaryWriter(str(folder / name)) as writer:
             for record in records:
+                if "step" not in record:  # masks at the end of a run
+                    continue
                 for key, value in scalars(record):
                     writer.add_scalar(key, value, record["step"])
     return folder

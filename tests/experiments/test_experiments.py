@@ -259,6 +259,30 @@ def test_the_page_in_git_is_made_from_the_results_in_git(tmp_path):
         assert path.stat().st_size < 30_000, path
 
 
+def test_tables_of_no_results_leave_the_page_alone(tmp_path):
+    from experiments.cells import REDUCED
+    from experiments.tables import write_all
+
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results.md").write_text("mine")
+    command = [sys.executable, "-m", "experiments", "--results", str(tmp_path / "results"), "tables"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "holds no result of this list" in done.stderr
+    assert (tmp_path / "results.md").read_text() == "mine"
+    (tmp_path / "results" / "dense-0-s0.json").write_text('{"key": ')
+    with pytest.raises(SystemExit, match=r"dense-0-s0\.json is damaged .*delete it"):
+        write_all(REDUCED.study, REDUCED.all_cells(), tmp_path / "results", tmp_path)
+
+
+@pytest.mark.parametrize("words", [["stage", "nosuch"], ["measure", "nosuch"]])
+def test_what_is_not_in_the_list_is_said(tmp_path, words):
+    places = ["--runs", str(tmp_path), "--results", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", *places, *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.startswith(f"no {words[0].replace('measure', 'cell')} nosuch; ")
+
+
 def test_a_stage_of_two_cells_is_done_once(tmp_path):
     """Its folder has the name that the first cell gave it, also when only the second one is left."""
     import tiny_study

@@ -42,7 +42,7 @@ def test_forward_uses_the_active_pathway_and_to_linear_agrees(block, bias, rng):
 
 def test_state_dict_keys_and_dense_checkpoints(rng):
     layer = random_layer(rng)
-    assert set(layer.state_dict()) == {"weight", "bias", "block_mask"}
+    assert set(layer.state_dict()) == {"weight", "bias", "block_mask", "mask_layout"}
     assert layer.block_mask.dtype == torch.uint8 and layer.block_mask.shape == (2, -(-5 * 29 // 8))
     other = sp.SparseLinear(29, 37, pathways=("en", "fr"))
     other.load_state_dict(layer.state_dict())
@@ -51,8 +51,27 @@ def test_state_dict_keys_and_dense_checkpoints(rng):
     with pytest.warns(UserWarning, match="masks stay as they are"):
         other.load_state_dict(nn.Linear(29, 37).state_dict())
     assert torch.equal(other.masks["en"], layer.masks["en"])
-    with pytest.raises(RuntimeError, match="size mismatch for block_mask"):
+    with pytest.raises(RuntimeError, match="are of the pathways en, fr; this layer has default"):
         sp.SparseLinear(29, 37).load_state_dict(layer.state_dict())
+
+
+def test_masks_of_other_blocks_or_pathways_are_refused(rng):
+    """Bits alone would fit: (8, 1) and (1, 8) of a square weight have equally many blocks."""
+    layer = nn.Sequential(sp.SparseLinear(16, 16, block=(8, 1), pathways=("en", "fr")))
+    layer[0].set_mask_(torch.rand(2, 16, generator=rng) < 0.5, "en")
+    state = layer.state_dict()
+    for block, names, reason in [
+        ((1, 8), ("en", "fr"), r"0: the masks loaded are of blocks \(8, 1\), those of this layer of \(1, 8\)"),
+        ((8, 1), ("fr", "en"), "0: the masks loaded are of the pathways en, fr; this layer has fr, en"),
+    ]:
+        other = nn.Sequential(sp.SparseLinear(16, 16, block=block, pathways=names))
+        with pytest.raises(RuntimeError, match=reason):
+            other.load_state_dict(state)
+        assert other[0].mask("en").all() and other[0].mask("fr").all()
+    same = nn.Sequential(sp.SparseLinear(16, 16, block=(8, 1), pathways=("en", "fr")))
+    for given in (state, {key: value for key, value in state.items() if "mask_layout" not in key}):  # of older files
+        same.load_state_dict(given)
+        assert torch.equal(same[0].mask("en"), layer[0].mask("en"))
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])

@@ -116,7 +116,8 @@ def test_parameters_and_keys_are_those_of_nn_lstm(rng):
     lstm, dense = sp.SparseLSTM(10, 16, **options), nn.LSTM(10, 16, **options)
     assert [name for name, _ in lstm.named_parameters()] == [name for name, _ in dense.named_parameters()]
     added = set(lstm.state_dict()) - set(dense.state_dict())
-    assert added == {f"{gate}.block_mask" for gate in lstm.gates} and len(added) == 8
+    assert added == {f"{gate}.{key}" for gate in lstm.gates for key in ("block_mask", "mask_layout")}
+    assert len(added) == 16
     set_masks(lstm, rng)
     masks = {name: gate.mask() for name, gate in lstm.gates.items()}
     with pytest.warns(UserWarning, match="dense checkpoint is loaded into a sparse model"):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import sparse_pathways as sp
 
@@ -110,11 +111,17 @@ def test_levels_remove_the_same_share_of_what_is_left():
     [
         (lambda: sp.methods.imp(("en",), 0.7, steps=3, levels=6), "do not go round 6 rounds"),
         (lambda: sp.methods.imp(("en",), 0.7, steps=60, levels=0), "levels = 0; want at least 1"),
-        (lambda: sp.methods.lth(("en",), 0.7, steps=60, rewind_steps=-1), "rewind_steps = -1; want 0 or more"),
+        (lambda: sp.methods.lth(("en",), 0.7, steps=60, rewind_steps=-1), "rewind_steps = -1; want at least 0"),
         (lambda: sp.methods.imp(("en",), 0.7, steps=60, last=0.0), r"last = 0.0; want a share of the steps"),
         (lambda: sp.methods.imp(("en",), 70, steps=60), "want a share between 0 and 1"),
         (lambda: sp.methods.lsp(("en",), 0.7, steps=60, source="prune"), "choose one of gradual, imp, lth, adaptive"),
-        (lambda: replace(pathways_from_lsp()[0], steps=0), "Phase.steps = 0"),
+        (lambda: sp.methods.lth(("en",), 0.7, steps=60, levels=0), "levels = 0; want at least 1"),
+        (lambda: replace(pathways_from_lsp()[0], steps=0), "Phase.steps of lth-en-0 = 0; want at least 1"),
+        (lambda: sp.Phase(name="a", plan=sp.methods.lap(steps=100), steps=60), "before its plan: freeze at step 70"),
+        (
+            lambda: sp.Phase(name="a", plan=sp.methods.adaptive(schedule=sp.Cubic(0, 0.7, 0, 90)), steps=60),
+            "ends before its plan: schedule ends at step 90",
+        ),
         (lambda: replace(pathways_from_lsp()[0], name="given"), "Phase.name = 'given'"),
         (lambda: sp.phase_keys([]), "phases is empty"),
         (lambda: sp.phase_keys(pathways_from_lsp()[1:]), "needs 'lth-en-0', which does not come before it"),
@@ -130,6 +137,61 @@ def test_levels_remove_the_same_share_of_what_is_left():
 def test_bad_phases_are_refused(make, reason):
     with pytest.raises(ValueError, match=reason):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: sp.Phase(name="a", plan="lap", steps=3), "Phase.plan of a is a str; want a PruningPlan"),
+        (lambda: sp.Phase(name="a", plan=sp.methods.lap(), steps=True), "Phase.steps of a = True; want a whole number"),
+        (lambda: sp.Phase(name="a", plan=sp.methods.lap(), steps=3, masks="b"), "Phase.masks = 'b' of a; want"),
+        (lambda: sp.methods.imp(steps="100"), "steps = '100'; want a whole number of optimiser steps"),
+        (lambda: sp.methods.imp(steps=100.0), "steps = 100.0; want a whole number of optimiser steps"),
+        (lambda: sp.methods.imp(steps=100, levels=True), "levels = True; want a whole number of rounds"),
+        (lambda: sp.methods.imp(steps=100, last="x"), "last = 'x'; want a number"),
+        (lambda: sp.methods.lth(steps=100, rewind_steps=True), "rewind_steps = True; want a whole number"),
+        (lambda: sp.methods.lsp(None, steps=100), "pathways = None; want a sequence of names"),
+        (lambda: sp.methods.lap(dense_grad="False"), "dense_grad = 'False'; want True"),
+        (lambda: sp.methods.joint(sp.methods.lap(), sp.methods.asr_pathways(), 5), "phases is a PruningPlan; want"),
+        (lambda: sp.run_phases(nn.Linear(2, 2), [sp.methods.lap()], None, "x"), "phases holds a PruningPlan; want"),
+    ],
+)  # fmt: skip
+def test_bad_types_are_refused(make, reason):
+    with pytest.raises(TypeError, match=reason):
+        make()
+
+
+def test_a_phase_that_was_not_trained_is_not_called_done(toy, tmp_path):
+    phases = sp.methods.lsp(LANGUAGES, 0.5, steps=8)
+    with pytest.raises(RuntimeError, match=r"phase 'gradual-en': train\(\) left pathway 'en' at sparsity 0\.0000"):
+        sp.run_phases(toy.make_model(), phases, lambda model, phase, folder: None, tmp_path)
+    assert not list(tmp_path.glob("*/end.pt"))
+
+
+@pytest.mark.parametrize("change", ["block", "order"])
+def test_other_blocks_or_names_never_meet_old_results(toy, tmp_path, change):
+    """(4, 1) and (1, 4) of 16 x 16 weights have equally many blocks."""
+
+    def make(block, names):
+        torch.manual_seed(0)
+        return sp.sparsify_(nn.Sequential(nn.Linear(16, 16)), block, names)
+
+    trained = []
+
+    def train(model, phase, folder):
+        trained.append(phase.name)
+        for layer in sp.sparse_layers(model).values():
+            for name in phase.plan.pathways:
+                layer.set_mask_(torch.arange(64).view(layer.mask().shape) % 2 == LANGUAGES.index(name), name)
+
+    def phases(names):
+        plan = sp.PruningPlan(schedule=sp.Constant(0.5), interval=1, pathways=names)
+        return [sp.Phase(name="one", plan=plan, steps=1)]
+
+    sp.run_phases(make((4, 1), LANGUAGES), phases(LANGUAGES), train, tmp_path)
+    names = LANGUAGES if change == "block" else LANGUAGES[::-1]
+    sp.run_phases(make((1, 4) if change == "block" else (4, 1), names), phases(LANGUAGES), train, tmp_path)
+    assert trained == ["one", "one"]
 
 
 def test_a_damaged_end_is_named(toy, tmp_path):

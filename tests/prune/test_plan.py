@@ -1,7 +1,10 @@
 import dataclasses
+import io
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from sparse_pathways.mask import Constant, Cubic, Milestones
 from sparse_pathways.prune import Gradient, Learned, Magnitude, Movement, PruningPlan, methods
@@ -67,7 +70,7 @@ BAD = [
         "churn",
         dict(churn=5),
         ValueError,
-        r"PruningPlan\.churn = 5; want a share of the kept blocks",
+        r"PruningPlan\.churn = 5\.0; want a share of the kept blocks",
     ),
     (
         "after_freeze",
@@ -82,6 +85,9 @@ BAD = [
         r"Learned\.scale_lr = 0\.1 with dense_grad = False: .* want dense_grad = True, or scale_lr = 0",
     ),
     ("after_freeze-name", dict(after_freeze="B"), ValueError, r"PruningPlan\.after_freeze = 'B'; choose one of same"),
+    ("churn-string", dict(churn="0.1"), TypeError, r"PruningPlan\.churn = '0\.1'; want a number"),
+    ("scope-tuple", dict(scope=(2, 4)), TypeError, r"PruningPlan\.scope = \(2, 4\); choose layer, global, or N:M"),
+    ("scope-digit", dict(scope="\u00b2:4"), ValueError, r"choose layer, global, or N:M"),
     ("candidates", dict(candidates="some"), ValueError, r"PruningPlan\.candidates = 'some'; choose one of all, kept"),
     ("masks", dict(masks="both"), ValueError, r"PruningPlan\.masks = 'both'; choose one of own, shared"),
     ("moments", dict(moments="forget"), ValueError, r"PruningPlan\.moments = 'forget'; choose one of keep, reset"),
@@ -134,6 +140,36 @@ def test_bad_fields_are_named(change, error, message):
 def test_bad_parts_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: Milestones((0, 0.5)), r"Milestones\.levels = \(0, 0\.5\); want \(\(step, sparsity\), \.\.\.\)"),
+        (lambda: Milestones(((0, "0.5"),)), r"Milestones\.levels = '0\.5'; want a number between 0 and 1"),
+        (lambda: Milestones(((0, True),)), r"Milestones\.levels = True; want a number between 0 and 1"),
+        (lambda: Gradient("0.9"), r"Gradient\.decay = '0\.9'; want a number"),
+        (lambda: Learned(lr="0.1"), r"Learned\.lr = '0\.1'; want a number"),
+        (lambda: methods.lap(3), r"pathways = 3; want a sequence of names"),
+    ],
+)
+def test_bad_types_of_parts_are_named(build, message):
+    with pytest.raises(TypeError, match=message):
+        build()
+
+
+def test_numpy_numbers_become_plain_ones():
+    """A plan is part of every checkpoint, which is read by torch.load(weights_only=True)."""
+    share, count = np.linspace(0.5, 0.9, 3)[1], np.int64(3)
+    plan = PruningPlan(
+        schedule=Milestones(((count, share),)), interval=count, freeze=np.int32(9), churn=np.float64(0.1),
+        score=Learned(np.float64(0.1), scale_lr=np.float32(0.5)), floor=np.float64(0.3),
+    )  # fmt: skip
+    for one in (plan, methods.lap(("en",), share, steps=np.int64(40), start=np.float64(0.25))):
+        torch.save(one.to_dict(), file := io.BytesIO())
+        file.seek(0)
+        assert PruningPlan.from_dict(torch.load(file, weights_only=True)) == one
+        assert PruningPlan.from_dict(json.loads(json.dumps(one.to_dict()))) == one
 
 
 @pytest.mark.parametrize(

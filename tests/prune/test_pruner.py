@@ -1,7 +1,7 @@
 """Densities, events, and what a decision or an update may touch."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -254,8 +254,113 @@ def test_a_forgotten_pruner_step_is_refused_and_detach_ends_the_watch(toy):
     pruner = prune.Pruner(model, prune.methods.asr_pathways(LANGUAGES, 0.5), optimizer)
     model(torch.randn(2, 10)).sum().backward()
     optimizer.step()
-    with pytest.raises(RuntimeError, match=r"optimizer\.step\(\) was called twice without pruner\.step"):
+    with pytest.raises(RuntimeError, match=r"optimizer\.step\(\) was called twice without a step of every Pruner"):
         optimizer.step()
     pruner.detach()
     optimizer.step()
     optimizer.step()
+
+
+@pytest.mark.parametrize("how", ["before the optimiser", "with another optimiser"])
+def test_a_step_that_nothing_was_kept_inside_of_is_refused(toy, how):
+    """Else the pathway's update would pass unseen, and reach weights of the others."""
+    model = toy.make_model()
+    toy.fixed_masks(model)
+    optimizer, other = toy.adamw(model), toy.adamw(model)
+    pruner = prune.Pruner(model, prune.methods.asr_pathways(LANGUAGES, 0.5), optimizer)
+    model(torch.randn(2, 10)).sum().backward()
+    if how == "with another optimiser":
+        other.step()
+    with pytest.raises(RuntimeError, match=r"the optimizer given to Pruner has made no step since"):
+        pruner.step("en")
+
+
+@pytest.mark.parametrize("method", ["lap", "asr_pathways"])
+def test_a_nan_is_reported_also_when_masks_are_fixed(toy, method):
+    model = toy.make_model()
+    toy.fixed_masks(model)
+    plan = {
+        "lap": prune.methods.lap(LANGUAGES, 0.5, steps=8),
+        "asr_pathways": prune.methods.asr_pathways(LANGUAGES, 0.5),
+    }
+    optimizer = toy.sgd(model)
+    pruner = prune.Pruner(model, plan[method], optimizer)
+    toy.train(model, pruner, optimizer, toy.turns(8))  # lap: fixed at step 6
+    model(torch.full((2, 10), torch.nan)).sum().backward()
+    optimizer.step()
+    with pytest.raises(
+        FloatingPointError, match=r"0: a weight after a batch of pathway 'en' is NaN or infinite at step 9"
+    ):
+        pruner.step("en")
+
+
+def test_every_step_of_a_staircase_is_a_decision(toy):
+    model = toy.make_model()
+    schedule = sp.Milestones(((5, 0.25), (11, 0.5)))
+    plan = prune.methods.adaptive(LANGUAGES, 0.5, schedule=schedule, interval=100)
+    optimizer, events = toy.sgd(model), []
+    pruner = prune.Pruner(model, plan, optimizer)
+    toy.train(model, pruner, optimizer, toy.turns(20), after=lambda step, name, event: events.append(event))
+    assert [(event.step, event.decided, event.sparsity) for event in events if event] == [
+        (5, LANGUAGES, 0.25),
+        (11, LANGUAGES, 0.5),
+    ]
+
+
+def test_a_shared_mask_starts_as_one(toy):
+    model = toy.make_model()
+    toy.fixed_masks(model, 0.3)
+    with pytest.raises(ValueError, match=r"0: its pathways have different masks, PruningPlan.masks = 'shared'"):
+        plan = replace(prune.methods.imp(LANGUAGES, 0.3, steps=4, levels=1)[0].plan, init="current")
+        prune.Pruner(model, plan, toy.sgd(model))
+    plan = prune.methods.imp(LANGUAGES, 0.6, steps=4, levels=1)[0].plan
+    prune.Pruner(model, plan, toy.sgd(model))
+    for layer in toy.layers_of(model).values():
+        assert torch.equal(layer.mask("en"), layer.mask("fr"))
+    assert toy.kept(model, "en") == toy.target(model, 0.6)
+
+
+def test_a_layer_that_loses_all_its_blocks_is_named():
+    model = sp.sparsify_(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1)), (16, 16))
+    with pytest.warns(UserWarning, match=r"1: none of its 1 blocks of \(16, 16\) is left at sparsity 0\.7"):
+        prune.Pruner(model, prune.methods.lap(sparsity=0.7))
+
+
+def test_gates_of_another_pruner_are_refused(toy):
+    model = toy.make_model()
+    score = sp.Learned(gate="hard-concrete")
+    first = prune.Pruner(model, prune.methods.dynamic_asr_pathways(LANGUAGES, steps=20, score=score))
+    with pytest.raises(ValueError, match=r"0: another Pruner draws the gates of its blocks; call its detach\(\) first"):
+        prune.Pruner(model, prune.methods.lap(LANGUAGES))
+    first.detach()
+    prune.Pruner(model, prune.methods.lap(LANGUAGES))
+
+
+def test_states_that_do_not_fit_are_named(toy):
+    def make(names, block=(4, 1), plan=None):
+        model = sp.sparsify_(nn.Sequential(nn.Linear(16, 16)), block, names)
+        return prune.Pruner(model, plan or prune.methods.dynamic_asr_pathways(steps=20))
+
+    state = make(LANGUAGES).state_dict()
+    with pytest.raises(ValueError, match="the state is of the pathways en, fr; the Pruner governs fr, en"):
+        make(LANGUAGES[::-1]).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"0: the saved run had blocks \(4, 1\), the model has \(1, 4\)"):
+        make(LANGUAGES, (1, 4)).load_state_dict(state)
+    for change, reason in [({"steps": -3}, "want at least 0"), ({"averages": None}, "state has no 'averages'")]:
+        bad = {key: value for key, value in {**state, **change}.items() if value is not None}
+        with pytest.raises(ValueError, match=reason):
+            make(LANGUAGES).load_state_dict(bad)
+
+
+def test_weights_that_get_no_gradient_are_explained(toy):
+    model = toy.make_model()
+    model[0].weight.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    pruner = prune.Pruner(model, prune.methods.dynamic_asr_pathways(LANGUAGES, steps=20))
+    model(torch.randn(2, 10)).sum().backward()
+    with pytest.raises(RuntimeError, match="every sparse layer's weight has requires_grad = False: leave it True"):
+        pruner.step("en")
+    with pytest.raises(KeyError, match="is not known"):
+        pruner.step(["en"])
+    with pytest.raises(TypeError, match=r"model is a NoneType; want an nn.Module"):
+        prune.Pruner(None, prune.methods.lap())

@@ -142,7 +142,7 @@ def test_page_and_events_of_runs_that_are_not_evaluated_yet(run, tmp_path):
     lines = [
         {"step": 20, "loss": 2.5, "sparsity": 0.7, "overlap": 0.75, "union": 0.4, "explored": 0.45},
         {"step": 20, "event": event},
-        {"step": 20, "masks": masks},
+        {"masks": masks},
     ]
     folder = tmp_path / "one" / "pruned"
     folder.mkdir(parents=True)
@@ -235,6 +235,12 @@ def test_bad_log_names_the_line(tmp_path):
     path.write_text('{"step": 1}\n{"step"\n')
     with pytest.raises(sp.FormatError, match="line 2"):
         results.read_log(path)
+
+
+def test_a_last_line_that_is_being_written_is_left_out(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert results.read_log(path) == [{"step": 1, "loss": 2.0}]
 
 
 def test_pictures_are_reproducible(run):
