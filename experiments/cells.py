@@ -118,6 +118,11 @@ class Comparisons:
                 self.single(self.wg(s, scope="global", score=LONG_AVERAGE)),
             ),
             (
+                "Dynamic, |w g|, one ranking, interval by churn",
+                "dynamic-across-churn",
+                self.single(self.wg(s, scope="global", churn=0.05)),
+            ),
+            (
                 "LAP, one ranking",
                 "lap-across",
                 self.single(replace(m.lap(LANGUAGES, s, steps=self.joint), scope="global")),
@@ -286,7 +291,7 @@ class Comparisons:
                 *self.option_cells(),
                 *self.pattern_cells(),
                 *self.cells_of(self.across_rows(0.9), 0.9),
-                *self.cells_of(self.across_rows(0.7)[:2], 0.7),
+                *self.cells_of(self.across_rows(0.7)[:3], 0.7),
             ]
         )
 
