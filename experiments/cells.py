@@ -53,9 +53,9 @@ class Comparisons:
         """Training on, with nothing pruned: what the extra steps alone are worth."""
         return m.adaptive(languages, 0.0, schedule=sp.Constant(0.0), interval=1, freeze=0)
 
-    def lsp(self, sparsity: float) -> Phases:
+    def lsp(self, sparsity: float, **settings: Any) -> Phases:
         """Language-specific masks: a monolingual run per language."""
-        return m.lsp(LANGUAGES, sparsity, steps=self.per_language)
+        return m.lsp(LANGUAGES, sparsity, steps=self.per_language, **settings)
 
     def lap(self, sparsity: float) -> Phases:
         """A language-agnostic pruning run to start from."""
@@ -110,7 +110,6 @@ class Comparisons:
 
     def across_rows(self, s: float) -> list[tuple[str, str, Phases]]:
         """One ranking of the blocks of all layers: one shared mask, fixed pathways, and the best of the options."""
-        lsp = [replace(phase, plan=replace(phase.plan, scope="global")) for phase in self.lsp(s)]
         return [
             (
                 "Dynamic, |w g|, one ranking, longer average",
@@ -125,12 +124,12 @@ class Comparisons:
             (
                 "LAP, one ranking",
                 "lap-across",
-                self.single(replace(m.lap(LANGUAGES, s, steps=self.joint), scope="global")),
+                self.single(m.lap(LANGUAGES, s, steps=self.joint, scope="global")),
             ),
             (
                 "ASR Pathways, LSP masks, one ranking",
                 "pathways-across",
-                m.joint(lsp, m.asr_pathways(LANGUAGES, s), self.joint),
+                m.joint(self.lsp(s, scope="global"), m.asr_pathways(LANGUAGES, s), self.joint),
             ),
         ]
 
@@ -194,7 +193,7 @@ class Comparisons:
 
     def wg(self, s: float = 0.9, steps: int | None = None, **settings: Any) -> sp.PruningPlan:
         """The language-aware plan; `settings` of the method, or fields of the plan."""
-        fields = {name: settings.pop(name) for name in ("after_freeze", "churn", "scope") if name in settings}
+        fields = {name: settings.pop(name) for name in ("after_freeze",) if name in settings}
         score = settings.pop("score", "gradient")
         return replace(
             m.dynamic_asr_pathways(LANGUAGES, s, steps=steps or self.joint, score=score, **settings), **fields
@@ -292,6 +291,11 @@ class Comparisons:
                 *self.pattern_cells(),
                 *self.cells_of(self.across_rows(0.9), 0.9),
                 *self.cells_of(self.across_rows(0.7)[:3], 0.7),
+                *(
+                    cell
+                    for s in (0.8, 0.95, 0.6, 0.5, 0.3)
+                    for cell in self.cells_of(self.across_rows(s)[:1], s, self.seeds[:2])
+                ),
             ]
         )
 

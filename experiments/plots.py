@@ -9,9 +9,14 @@ from matplotlib.figure import Figure
 from experiments.statistics import Results, Row
 from sparse_pathways.report.figures import COLOURS, to_svg
 
-SWEPT = (("lap", "one shared mask"), ("pathways-lsp", "fixed pathways (LSP)"), ("dynamic-wg", "dynamic pathways"))
+SWEPT = (
+    ("lap", "one shared mask"),
+    ("pathways-lsp", "fixed pathways (LSP)"),
+    ("dynamic-wg", "dynamic pathways, |w g|"),
+    ("dynamic-across", "dynamic pathways, |w g|, one ranking, longer average"),
+)
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-FOLLOWED = ("lap", "pathways-lsp", "dynamic-magnitude", "dynamic-lap70", "dynamic-wg")
+FOLLOWED = ("lap", "pathways-lsp", "dynamic-magnitude", "dynamic-lap70", "dynamic-wg", "dynamic-across")
 
 
 def sparsity_figure(results: Results) -> Figure | None:

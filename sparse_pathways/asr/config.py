@@ -245,9 +245,12 @@ class PruneConfig(RunConfig):
         warmup: Steps over which the learning rate rises to lr.
         method: A method of sp.methods, such as "lap" (one mask for all languages) or "dynamic_asr_pathways" (one
             pathway per language).
-        score: What ranks the blocks: "magnitude", "gradient", "movement" or "learned"; None is the method's own choice.
+        score: What ranks the blocks: "magnitude", "gradient", "movement" or "learned"; None: the method's own choice,
+            with dynamic_asr_pathways |w * g| over a long average (what experiments/results.md found best).
         sparsity: Share of blocks removed in the end.
         block: Outputs by inputs of a block; must be that of the start model if it is pruned already.
+        scope: "layer": every layer gets the sparsity. "global": all layers together, their blocks are ranked as one.
+            None: global with dynamic_asr_pathways (found best, too), layer with other methods.
         interval: Steps (with a mask per language: of that language) between two decisions; None: from steps.
         freeze: Step after which the masks stay; None: after 70 % of the steps.
         options: Further arguments of the method in sp.methods, such as {"dense_grad": false} or {"levels": 6}.
@@ -267,6 +270,7 @@ class PruneConfig(RunConfig):
     score: str | None = None
     sparsity: float = 0.7
     block: tuple[int, int] = (8, 1)
+    scope: str | None = None
     interval: int | None = None
     freeze: int | None = None
     options: dict[str, Any] = field(default_factory=dict)

@@ -21,6 +21,9 @@ from .model import Recogniser, new, prunable
 from .text import Tokenizer
 
 NOT_ALONE = ("joint", "new_pathway")  # of sp.methods: they need more than a trained model
+BEST: dict[str, dict[str, Any]] = {  # experiments/results.md
+    "dynamic_asr_pathways": {"scope": "global", "score": sp.Gradient(0.995)}
+}
 
 __all__ = ["load_model", "prune", "prune_phase", "pruning_method", "train"]
 
@@ -163,10 +166,10 @@ def _method(config: PruneConfig, languages: tuple[str, ...], start: float) -> sp
         raise ValueError(
             f"sparsity = {config.sparsity}, but the start model is at {start:.2f} already; want that or more"
         )
-    choices: dict[str, Any] = {"steps": config.steps}
+    choices: dict[str, Any] = {"steps": config.steps, **BEST.get(config.method, {})}
     if "start" in accepted:
         choices["start"] = start
-    for name in ("score", "interval", "freeze"):
+    for name in ("score", "scope", "interval", "freeze"):
         if getattr(config, name) is not None:
             choices[name] = getattr(config, name)
     for name in choices | config.options:

@@ -2,11 +2,11 @@
 
 Common arguments:
     pathways: names of the pathways to prune (of languages, say); None: all pathways of the model.
-    sparsity: share of blocks removed at the end, per layer, in [0, 1].
+    sparsity: share of blocks removed at the end, in [0, 1]; of every layer, or with scope "global" of all together.
     steps: optimiser steps of the whole run. Given, the sparsity rises from `start` over the first half (cubic), and the
         masks are fixed after 70 % of the run. None: `sparsity` from the first decision on, masks never fixed.
     start: sparsity at step 0.
-    schedule, interval, freeze, score, init: as in `PruningPlan`, in place of what follows from `steps`.
+    schedule, interval, churn, freeze, scope, score, init: as in `PruningPlan`, in place of what follows from `steps`.
     dense_grad: True: variant A, gradients reach pruned blocks, all blocks compete at every decision. False: variant B,
         updates stay inside the pathway, only kept blocks compete, the optimiser forgets a block that is given up.
 
@@ -49,6 +49,7 @@ def gradual(
     schedule: Schedule | None = None,
     interval: int | None = None,
     freeze: int | None = None,
+    scope: str = "layer",
     score: Score | str = "magnitude",
     init: str = "magnitude",
 ) -> PruningPlan:
@@ -59,6 +60,7 @@ def gradual(
     return PruningPlan(
         **_timing(sparsity, steps, start, schedule, interval, freeze, decisions=25),
         **_variant(dense_grad=False),
+        scope=scope,
         score=as_score(score),
         masks="shared",
         pathways=_names(pathways),
@@ -75,6 +77,7 @@ def adaptive(
     schedule: Schedule | None = None,
     interval: int | None = None,
     freeze: int | None = None,
+    scope: str = "layer",
     score: Score | str = "magnitude",
     init: str = "magnitude",
     dense_grad: bool = True,
@@ -87,6 +90,7 @@ def adaptive(
     return PruningPlan(
         **_timing(sparsity, steps, start, schedule, interval, freeze, decisions=25),
         **_variant(dense_grad),
+        scope=scope,
         score=as_score(score),
         masks="own",
         pathways=_names(pathways),
@@ -103,6 +107,7 @@ def lap(
     schedule: Schedule | None = None,
     interval: int | None = None,
     freeze: int | None = None,
+    scope: str = "layer",
     score: Score | str = "magnitude",
     init: str = "magnitude",
     dense_grad: bool = True,
@@ -115,6 +120,7 @@ def lap(
     return PruningPlan(
         **_timing(sparsity, steps, start, schedule, interval, freeze, decisions=25),
         **_variant(dense_grad),
+        scope=scope,
         score=as_score(score),
         masks="shared",
         pathways=_names(pathways),
@@ -244,7 +250,9 @@ def dynamic_asr_pathways(
     start: float = 0.0,
     schedule: Schedule | None = None,
     interval: int | None = None,
+    churn: float | None = None,
     freeze: int | None = None,
+    scope: str = "layer",
     score: Score | str = "gradient",
     init: str = "current",
     dense_grad: bool = True,
@@ -259,6 +267,8 @@ def dynamic_asr_pathways(
     return PruningPlan(
         **_timing(sparsity, steps, start, schedule, interval, freeze, decisions=100),
         **_variant(dense_grad),
+        churn=churn,
+        scope=scope,
         score=as_score(score),
         masks="own",
         pathways=_names(pathways),
