@@ -229,7 +229,7 @@ class Comparisons:
             "variant-b": ("updates inside pathways always", self.wg(dense_grad=False), self.joint, {}),
             "late": ("masks fixed at 90 % of the run", self.wg(freeze=round(0.9 * self.joint)), self.joint, {}),
             "1.4": ("1.4 x the steps", self.wg(steps=self.joint + self.pooled), self.joint + self.pooled, {}),
-            "long": ("twice the steps", self.wg(steps=2 * self.joint), 2 * self.joint, {}),
+            "long": ("Dynamic, |w g|, twice the steps", self.wg(steps=2 * self.joint), 2 * self.joint, {}),
             "inside-distil": ("inside, distilled", self.wg(after_freeze="inside"), self.joint, {"distil": 1.0}),
         }
         lap_plans = {
