@@ -22,8 +22,8 @@ class PruningCallback(TrainerCallback):
     `compute_loss`; the callback steps the pathway that is active then. The Pruner's state is saved with every
     checkpoint, as `pruner.pt` in its folder, and read from there when training is resumed.
 
-    What `save_pretrained` writes has the masks, but `from_pretrained` builds the dense model: make that from its config,
-    convert it with `sparsify_`, then load the file into it (`safetensors.torch.load_model`).
+    What `save_pretrained` writes has the masks, but `from_pretrained` builds the dense model: make that from its
+    config, convert it with `sparsify_`, then load the file into it (`safetensors.torch.load_model`).
 
     Args:
         plan: as for `Pruner`.
