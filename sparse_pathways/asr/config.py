@@ -293,6 +293,8 @@ class PruneConfig(RunConfig):
             )
         if self.score not in (None, *SCORES):
             raise ValueError(f"PruneConfig.score = {self.score!r}; want one of {', '.join(SCORES)}")
+        if self.scope not in (None, "layer", "global"):
+            raise ValueError(f"PruneConfig.scope = {self.scope!r}; want layer, global or nothing")
         if self.source not in (None, "lap", "lsp"):
             raise ValueError(f"PruneConfig.source = {self.source!r}; want lap, lsp or nothing")
         if self.source_sparsity is not None and not 0.0 <= self.source_sparsity <= self.sparsity:

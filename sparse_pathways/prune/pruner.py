@@ -17,6 +17,7 @@ from sparse_pathways.prune.distributed import own_part, whole
 from sparse_pathways.prune.event import PruneEvent
 from sparse_pathways.prune.plan import PruningPlan
 from sparse_pathways.prune.scores import ScoreMemory, is_finite, magnitude, memory_of
+from sparse_pathways.prune.state import check_state
 from sparse_pathways.prune.update import MaskedUpdate, checked_optimizer, reset_moments, scale_blocks
 
 Masks = dict[str, Tensor]  # pathway, or layer, to bool tensor
@@ -343,37 +344,8 @@ class Pruner:
         Raises:
             ValueError: another plan, other layers, or masks in the model that are not those of the saved run.
         """
-        if not isinstance(state, dict) or "plan" not in state or "fingerprints" not in state:
-            raise ValueError("state is not what Pruner.state_dict() gave: it has no plan or no fingerprints")
-        here = self.plan.to_dict()
-        for field, value in PruningPlan.from_dict(state["plan"]).to_dict().items():  # also one of an older version
-            if here.get(field) != value:
-                raise ValueError(
-                    f"PruningPlan.{field} is {here.get(field)!r}, in the saved state {value!r}; make the Pruner with "
-                    "PruningPlan.from_dict(state['plan'])"
-                )
-        names, blocks = tuple(state.get("pathways", self.pathways)), state.get("blocks", {})
-        if names != self.pathways:
-            raise ValueError(
-                f"the state is of the pathways {', '.join(names)}; the Pruner governs {', '.join(self.pathways)}: name "
-                "those in PruningPlan.pathways, in that order"
-            )
-        found, saved = self._fingerprints(), state["fingerprints"]
-        for name in [*self.layers, *saved]:
-            if name not in saved or name not in found:
-                raise ValueError(f"{name}: a layer of the {'model' if name in found else 'saved state'} only")
-            if tuple(blocks.get(name, self.layers[name].block)) != self.layers[name].block:
-                raise ValueError(
-                    f"{name}: the saved run had blocks {tuple(blocks[name])}, the model has {self.layers[name].block}"
-                )
-            if found[name] != saved[name]:
-                raise ValueError(
-                    f"{name}: the model's masks are not those of the saved run; make the Pruner, then load the model's "
-                    "state, then the pruner's"
-                )
-        needed = ("steps", "batches", *(("averages",) if self._memory is not None else ()))
-        if missing := [name for name in needed if name not in state]:
-            raise ValueError(f"state has no {missing[0]!r}; want all of what Pruner.state_dict() gave")
+        learns = self._memory is not None
+        check_state(state, self.plan, self.pathways, self.layers, self._fingerprints(), learns)
         self.steps = check_count("state['steps']", state["steps"], 0)
         self.batches = {name: int(state["batches"][name]) for name in self.pathways}
         explored = {

@@ -13,7 +13,7 @@ import sparse_pathways as sp
 from sparse_pathways.asr import loop
 from sparse_pathways.asr.checkpoint import read
 from sparse_pathways.asr.config import ModelConfig, PruneConfig, TrainConfig
-from sparse_pathways.asr.train import load_model, prune, pruning_method, train
+from sparse_pathways.asr.train import load_model, prune, train
 
 MODEL = ModelConfig(
     d_model=32,
@@ -309,18 +309,6 @@ def test_unknown_method_and_score(prune_config):
         prune(replace(prune_config, method="magic"))
     with pytest.raises(ValueError, match="score = 'luck'"):
         prune(replace(prune_config, score="luck"))
-
-
-def test_the_default_is_what_the_comparisons_found_best(prune_config):
-    default = PruneConfig(data=prune_config.data, out=prune_config.out, start=prune_config.start)
-    plan = pruning_method(default, ("en", "nl"), 0.0)
-    assert (plan.masks, plan.scope, plan.score) == ("own", "global", sp.Gradient(0.995))
-    plan = pruning_method(replace(default, scope="layer", score="gradient"), ("en", "nl"), 0.0)
-    assert (plan.scope, plan.score) == ("layer", sp.Gradient())
-    assert pruning_method(replace(default, method="lap"), ("en", "nl"), 0.0).scope == "layer"
-    assert pruning_method(replace(default, method="lap", scope="global"), ("en", "nl"), 0.0).scope == "global"
-    with pytest.raises(ValueError, match="scope is no argument of method 'imp'"):
-        pruning_method(replace(default, method="imp", scope="global"), ("en", "nl"), 0.0)
 
 
 def test_dense_model_is_loaded_as_it_was_saved(dense):
