@@ -34,7 +34,7 @@ class Pruner:
             and the layers' `dense_grad` are set here as the plan says: on resume make the Pruner first, then load the
             model's state and the Pruner's; or give `state`.
         plan: see `PruningPlan`; `sparse_pathways.methods` has those of the papers.
-        optimizer: the one that updates the model; needed for `dense_grad=False` and `moments="reset"`.
+        optimizer: the one that updates all sparse layers; needed for `dense_grad=False` and `moments="reset"`.
         state: `state_dict()` of a run to go on with, whose masks the model has already; None: a new run.
 
     Raises:

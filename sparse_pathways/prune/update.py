@@ -29,7 +29,8 @@ def check_holds(optimizer: Optimizer, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
         if weight.requires_grad and id(weight) not in held:
             raise ValueError(
-                f"optimizer does not hold {name}.weight; make the optimiser from model.parameters() after sparsify_"
+                f"optimizer does not hold {name}.weight; want one optimiser of all sparse layers, made from "
+                "model.parameters() after sparsify_"
             )
 
 

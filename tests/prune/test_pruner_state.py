@@ -221,7 +221,7 @@ BAD_USE = [
         "foreign-optimizer",
         lambda toy: prune.Pruner(toy.make_model(), PLAIN, toy.adamw(toy.make_model())),
         ValueError,
-        r"optimizer does not hold 0\.weight; make the optimiser from model\.parameters\(\)",
+        r"optimizer does not hold 0\.weight; want one optimiser of all sparse layers, made from model\.parameters\(\)",
     ),
 ]
 
