@@ -293,6 +293,8 @@ class PruneConfig(RunConfig):
             )
         if self.score not in (None, *SCORES):
             raise ValueError(f"PruneConfig.score = {self.score!r}; want one of {', '.join(SCORES)}")
+        if self.freeze is not None and self.freeze > self.steps:
+            raise ValueError(f"PruneConfig.freeze = {self.freeze} is after the last of steps = {self.steps}")
         if self.scope not in (None, "layer", "global"):
             raise ValueError(f"PruneConfig.scope = {self.scope!r}; want layer, global or nothing")
         if self.source not in (None, "lap", "lsp"):

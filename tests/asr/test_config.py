@@ -30,10 +30,11 @@ def test_config_refuses(fields, reason, tmp_path):
         ({"score": "size"}, r"PruneConfig\.score = 'size'; want one of magnitude, gradient, movement, learned"),
         ({"interval": 0}, r"PruneConfig\.interval = 0; want at least 1"),
         ({"freeze": -5}, r"PruneConfig\.freeze = -5; want at least 1"),
+        ({"freeze": 500}, r"PruneConfig\.freeze = 500 is after the last of steps = 400"),
         ({"source": "imp"}, r"PruneConfig\.source = 'imp'; want lap, lsp or nothing"),
         ({"scope": "all"}, r"PruneConfig\.scope = 'all'; want layer, global or nothing"),
     ],
-    ids=["sparsity", "block", "score", "interval", "freeze", "source", "scope"],
+    ids=["sparsity", "block", "score", "interval", "freeze", "freeze-late", "source", "scope"],
 )
 def test_pruning_refuses_before_it_reads_anything(fields, reason, tmp_path):
     with pytest.raises(ValueError, match=reason):
