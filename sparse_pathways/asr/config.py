@@ -249,7 +249,8 @@ class PruneConfig(RunConfig):
             with dynamic_asr_pathways |w * g| over a long average (what experiments/results.md found best).
         sparsity: Share of blocks removed in the end.
         block: Outputs by inputs of a block; must be that of the start model if it is pruned already.
-        scope: "layer": every layer gets the sparsity. "global": all layers together, their blocks are ranked as one.
+        scope: "layer": every layer gets the sparsity. "global": all layers together, their blocks are ranked as one;
+            given, it holds for source, too.
             None: global with dynamic_asr_pathways (found best, too), layer with other methods.
         interval: Steps (with a mask per language: of that language) between two decisions; None: from steps.
         freeze: Step after which the masks stay; None: after 70 % of the steps.
@@ -293,8 +294,6 @@ class PruneConfig(RunConfig):
             )
         if self.score not in (None, *SCORES):
             raise ValueError(f"PruneConfig.score = {self.score!r}; want one of {', '.join(SCORES)}")
-        if self.freeze is not None and self.freeze > self.steps:
-            raise ValueError(f"PruneConfig.freeze = {self.freeze} is after the last of steps = {self.steps}")
         if self.scope not in (None, "layer", "global"):
             raise ValueError(f"PruneConfig.scope = {self.scope!r}; want layer, global or nothing")
         if self.source not in (None, "lap", "lsp"):

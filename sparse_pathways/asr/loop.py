@@ -200,6 +200,7 @@ class _Fit:
         self.step = checkpoint["step"]
         if self.accelerator.is_main_process and self.log_path.is_file():
             lines = self.log_path.read_text().splitlines(keepends=True)
+            lines = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
             self.log_path.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
 
     def save(self) -> None:

@@ -145,10 +145,11 @@ def pruning_method(
     if config.source is None:
         return _method(config, languages, start)
     masks = config.sparsity if config.source_sparsity is None else config.source_sparsity
+    scope = config.scope or "layer"
     if config.source == "lsp":
-        phases = sp.methods.lsp(languages, masks, steps=config.source_steps)
+        phases = sp.methods.lsp(languages, masks, steps=config.source_steps, scope=scope)
     else:
-        plan = sp.methods.lap(languages, masks, steps=config.source_steps)
+        plan = sp.methods.lap(languages, masks, steps=config.source_steps, scope=scope)
         phases = (sp.Phase(name="lap", plan=plan, steps=config.source_steps),)
     joint = _method(config, languages, masks)
     if not isinstance(joint, sp.PruningPlan):
@@ -160,7 +161,11 @@ def pruning_method(
 def _method(config: PruneConfig, languages: tuple[str, ...], start: float) -> sp.PruningPlan | tuple[sp.Phase, ...]:
     method = getattr(sp.methods, config.method)
     accepted = inspect.signature(method).parameters
+    if config.freeze is not None and config.freeze > config.steps:
+        raise ValueError(f"freeze = {config.freeze} is after the last of steps = {config.steps}")
     if config.method == "asr_pathways":  # fixed masks: nothing to schedule
+        if config.scope is not None and config.source is None:
+            raise ValueError("scope is no argument of method 'asr_pathways', whose masks are there already")
         return method(languages, config.sparsity)
     if config.sparsity < start:
         raise ValueError(

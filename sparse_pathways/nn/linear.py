@@ -18,8 +18,8 @@ from sparse_pathways.ops import masked_linear, sparse_linear
 class SparseLinear(nn.Linear):
     """`nn.Linear` with block masks: one dense `weight`, one mask per pathway, one pathway active at a time.
 
-    Keys are those of nn.Linear plus the buffer `block_mask` (uint8 `[pathways, ceil(NB * KB / 8)]`, one bit per block,
-    in the order of `pathways`) and `mask_layout`, which says what its bits mean, so that masks of other blocks or
+    Keys are those of nn.Linear plus the buffers `block_mask` (uint8 `[pathways, ceil(NB * KB / 8)]`, one bit per block,
+    in the order of `pathways`) and `mask_layout` (block and pathways as JSON, uint8), by which masks of other blocks or
     pathways are refused. A dense checkpoint loads (masks stay as they are) and `to_linear` goes back. Writes into the
     buffer by others (EMA, DDP) are seen at the next forward; a compiled model sees them after a call of `layout()`. An
     average over masks means nothing: give EMA `use_buffers=False`.
@@ -37,6 +37,7 @@ class SparseLinear(nn.Linear):
     """
 
     block_mask: Tensor
+    mask_layout: Tensor
     bias: nn.Parameter | None  # type: ignore[assignment]
     gates: Callable[[str, bool], Tensor | None] | None = None
 
@@ -60,6 +61,7 @@ class SparseLinear(nn.Linear):
         self._grid = grid((self.out_features, self.in_features), block)
         full = torch.ones(len(names), self._grid[0] * self._grid[1], dtype=torch.bool, device=self.weight.device)
         self.register_buffer("block_mask", pack_bits(full))
+        self._describe_masks()
         self._build_layouts()
 
     @classmethod
@@ -117,19 +119,6 @@ class SparseLinear(nn.Linear):
         """{pathway: bool `[NB, KB]`}; fresh tensors, change masks by `set_mask_`."""
         return {name: self.mask(name) for name in self.pathways}
 
-    @property
-    def mask_layout(self) -> Tensor:
-        """What the bits of `block_mask` mean, for the state dict: block and pathways as JSON, uint8."""
-        text = json.dumps({"block": self.block, "pathways": self.pathways}).encode()
-        return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.block_mask.device)
-
-    @mask_layout.setter
-    def mask_layout(self, value: Tensor) -> None:
-        """What `torch.func.functional_call` does with a state dict: it has to be that of this layer."""
-        refusal = self._refuse_layout(value)
-        if refusal is not None:
-            raise ValueError(refusal)
-
     def set_mask_(self, mask: Tensor, pathway: str | None = None) -> SparseLinear:
         """Change the mask of one pathway, or of all of them (None), and re-pack its index lists.
 
@@ -165,8 +154,14 @@ class SparseLinear(nn.Linear):
             bits = self.block_mask[self._index(like)]
         self.block_mask = torch.cat([self.block_mask, bits[None]])
         self.pathways = names
+        self._describe_masks()
         self._build_layouts()
         return self
+
+    def _describe_masks(self) -> None:
+        text = json.dumps({"block": self.block, "pathways": self.pathways}).encode()
+        described = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self.register_buffer("mask_layout", described.to(self.block_mask.device))
 
     def _build_layouts(self) -> None:
         shape = (self.out_features, self.in_features)
@@ -236,13 +231,13 @@ class SparseLinear(nn.Linear):
         self._build_layouts()
         return self
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "mask_layout"] = self.mask_layout
-
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
         state_dict = dict(state_dict)
+        given = any(prefix + key in state_dict for key in ("mask_layout", "block_mask", "weight"))
         refusal = self._refuse_layout(state_dict.pop(prefix + "mask_layout", None))
+        self._describe_masks()  # on the device of the masks, also after to_empty
+        if given:  # else it is missing, and said so
+            state_dict[prefix + "mask_layout"] = self.mask_layout
         if refusal is not None:
             errors.append(f"{prefix.rstrip('.') or type(self).__name__}: {refusal}")
             state_dict[prefix + "block_mask"] = self.block_mask
@@ -263,7 +258,7 @@ class SparseLinear(nn.Linear):
         if saved is None or saved.is_meta:
             return None
         try:
-            found = json.loads(bytes(saved.tolist()))
+            found = json.loads(bytes(saved.to(torch.uint8).tolist()))  # also of a state cast or averaged as a whole
             block, names = tuple(found["block"]), tuple(found["pathways"])
         except (ValueError, TypeError, KeyError) as error:
             return f"mask_layout cannot be read ({error})"

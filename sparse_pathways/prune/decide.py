@@ -95,7 +95,7 @@ def check_reachable(layers: Mapping[str, SparseLinear], pathways: Sequence[str],
         size = layer.mask().numel()
         least = round((1.0 - target) * size)
         blocks += size
-        if plan.scope == "layer" and size and least == 0 and target < 1.0:
+        if plan.scope == "layer" and plan.freeze != 0 and size and least == 0 and target < 1.0:
             warnings.warn(
                 f"{name}: none of its {size} blocks of {layer.block} is left at sparsity {target}, its output will be "
                 "its bias alone; leave the layer out by sparsify_(filter_fn=...), or take smaller blocks",
@@ -114,10 +114,17 @@ def check_reachable(layers: Mapping[str, SparseLinear], pathways: Sequence[str],
             if plan.candidates == "kept" and plan.freeze != 0 and short:
                 raise ValueError(
                     f"{name}: pathway {pathway!r} keeps {kept} blocks, fewer than the {least} of "
-                    f"sparsity {target}, and candidates = 'kept' brings none back; want init = 'dense'"
+                    f"sparsity {target}, and candidates = 'kept' brings none back; want init = 'dense', or scope = "
+                    "'global' if the masks were ranked over all layers"
                 )
     for pathway, kept in totals.items():
         unlike = abs(kept - (1.0 - target) * blocks) > len(layers) and plan.pattern is None
+        short = (1.0 - target) * blocks - kept > len(layers)
+        if plan.candidates == "kept" and plan.freeze != 0 and short and plan.pattern is None:
+            raise ValueError(
+                f"pathway {pathway!r} keeps {kept} of {blocks} blocks, fewer than sparsity {target} leaves, and "
+                "candidates = 'kept' brings none back; want init = 'dense'"
+            )
         if plan.freeze == 0 and unlike:
             raise ValueError(
                 f"pathway {pathway!r} has sparsity {1 - kept / blocks:.4f}, PruningPlan.schedule says {target} and "

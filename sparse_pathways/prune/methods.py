@@ -15,8 +15,9 @@ Sections are those of Dynamic ASR Pathways (arXiv 2309.13018); its parent is Lea
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sparse_pathways.checks import check_count, check_names, check_number, check_sparsity
@@ -213,15 +214,19 @@ def lsp(
         settings: of that method.
     """
     phases: list[Phase] = []
+    sources: dict[str, Callable[..., Any]] = {"gradual": gradual, "imp": imp, "lth": lth, "adaptive": adaptive}
+    if source not in sources:
+        raise ValueError(f"source = {source!r}; choose one of {', '.join(sources)}")
+    accepted = [*inspect.signature(sources[source]).parameters][3:]  # after pathways, sparsity, steps
+    accepted = [name for name in accepted if name != "prefix"]
+    if unknown := [name for name in settings if name not in accepted]:
+        raise ValueError(f"{unknown[0]} is no setting of source = {source!r}; it takes {', '.join(accepted)}")
     for name in check_names(pathways):
         if source in ("imp", "lth"):
-            rounds = {"imp": imp, "lth": lth}[source]
-            phases += rounds((name,), sparsity, steps=steps, prefix=f"{source}-{name}", **settings)
-        elif source in ("gradual", "adaptive"):
-            plan = {"gradual": gradual, "adaptive": adaptive}[source]((name,), sparsity, steps=steps, **settings)
-            phases.append(Phase(name=f"{source}-{name}", plan=plan, steps=steps))
+            phases += sources[source]((name,), sparsity, steps=steps, prefix=f"{source}-{name}", **settings)
         else:
-            raise ValueError(f"source = {source!r}; choose one of gradual, imp, lth, adaptive")
+            plan = sources[source]((name,), sparsity, steps=steps, **settings)
+            phases.append(Phase(name=f"{source}-{name}", plan=plan, steps=steps))
     return tuple(phases)
 
 

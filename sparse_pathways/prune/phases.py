@@ -272,7 +272,7 @@ def _check_end(model: nn.Module, phase: Phase) -> None:
             raise RuntimeError(
                 f"phase {phase.name!r}: train() left pathway {name!r} at sparsity {found:.4f}, its plan ends at "
                 f"{target}; train phase.steps = {phase.steps} optimiser steps, each with pruner.step(pathway) of a "
-                "Pruner(model, phase.plan, optimizer)"
+                f"Pruner(model, phase.plan, optimizer), and let interval = {phase.plan.interval} fit into them"
             )
 
 

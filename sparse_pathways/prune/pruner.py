@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_pathways.checks import check_count, unknown_pathway
-from sparse_pathways.mask import block_dots, expand_mask, pack_bits, unpack_bits
+from sparse_pathways.mask import block_dots, pack_bits, unpack_bits
 from sparse_pathways.nn import SparseLinear
 from sparse_pathways.prune import distributed
 from sparse_pathways.prune.decide import check_apart, check_reachable, select, set_initial_masks_
@@ -18,7 +18,14 @@ from sparse_pathways.prune.event import PruneEvent
 from sparse_pathways.prune.plan import PruningPlan
 from sparse_pathways.prune.scores import ScoreMemory, is_finite, magnitude, memory_of
 from sparse_pathways.prune.state import check_state
-from sparse_pathways.prune.update import MaskedUpdate, checked_optimizer, reset_moments, scale_blocks
+from sparse_pathways.prune.update import (
+    MaskedUpdate,
+    checked_optimizer,
+    dense_mask,
+    readable_weights,
+    reset_moments,
+    scale_blocks,
+)
 
 Masks = dict[str, Tensor]  # pathway, or layer, to bool tensor
 
@@ -132,11 +139,12 @@ class Pruner:
             index = self.pathways.index(pathway)
             distributed.check_same_pathway(index, self.pathways, step, next(iter(self.layers.values())).weight.device)
         if self._update is not None:
-            self._update.restore({name: _dense(layer.mask(pathway), layer) for name, layer in self.layers.items()})
+            self._update.restore({name: dense_mask(layer.mask(pathway), layer) for name, layer in self.layers.items()})
         if open_masks and self._memory is not None:
             self._observe(self._memory, pathway, step)
         else:  # a shard is looked at when a decision gathers it
-            weights = {n: layer.weight for n, layer in self.layers.items() if own_part(layer.weight) is layer.weight}
+            layers = {n: layer for n, layer in self.layers.items() if own_part(layer.weight) is layer.weight}
+            weights = readable_weights(layers, fixed=not open_masks or self.plan.freeze == 0)
             self._refuse_non_finite(weights, step, f"a weight after a batch of pathway {pathway!r}")
         self.steps = step
         self.batches[pathway] += 1
@@ -247,8 +255,10 @@ class Pruner:
         plan = self.plan
         if plan.freeze is not None and self.steps > plan.freeze:
             return ()
-        if self.steps in plan.appointed:
+        if self.steps in (plan.freeze, plan.schedule_end):
             return self.pathways  # however few batches it had
+        if self.steps in plan.appointed:
+            return tuple(name for name in self.pathways if self._memory is None or self.batches[name])
         count = self.steps if plan.masks == "shared" else self.batches[pathway]
         if count % plan.interval if plan.churn is None else count < self._gaps[pathway][1]:
             return ()
@@ -310,7 +320,7 @@ class Pruner:
                 layer.set_mask_(mask, pathway)
         if optimizer is not None and used is not None:
             changed = used ^ torch.stack(list(layer.masks.values())).any(0)
-            reset_moments(optimizer, layer.weight, _dense(changed, layer))
+            reset_moments(optimizer, layer.weight, dense_mask(changed, layer))
 
     def explored(self) -> dict[str, float]:
         """Share of blocks, in [0, 1], that each pathway has kept at some time since the schedule ended; its density
@@ -344,8 +354,7 @@ class Pruner:
         Raises:
             ValueError: another plan, other layers, or masks in the model that are not those of the saved run.
         """
-        learns = self._memory is not None
-        check_state(state, self.plan, self.pathways, self.layers, self._fingerprints(), learns)
+        check_state(state, self.plan, self.pathways, self.layers, self._fingerprints(), self._memory is not None)
         self.steps = check_count("state['steps']", state["steps"], 0)
         self.batches = {name: int(state["batches"][name]) for name in self.pathways}
         explored = {
@@ -389,8 +398,3 @@ class Pruner:
         if self._update is not None:
             self._update.detach()
             self._update = None
-
-
-def _dense(mask: Tensor, layer: SparseLinear) -> Tensor:
-    """Block mask to bool `[N, K]`."""
-    return expand_mask(mask, layer.block, (layer.out_features, layer.in_features))

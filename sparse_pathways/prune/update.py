@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparse_pathways.mask import expand_blocks
+from sparse_pathways.mask import expand_blocks, expand_mask
 from sparse_pathways.nn import SparseLinear
 from sparse_pathways.prune.distributed import own_part, part_like
 from sparse_pathways.prune.plan import PruningPlan
+from sparse_pathways.prune.scores import is_finite
 
 
 def torch_optimizer(optimizer: Any) -> Optimizer:
@@ -67,6 +68,23 @@ def scale_blocks(layer: SparseLinear, factor: Tensor) -> None:
     """Multiply every block of the weight with its `factor` `[NB, KB]`."""
     wide = expand_blocks(factor, layer.block, (layer.out_features, layer.in_features))
     own_part(layer.weight).mul_(part_like(wide.to(layer.weight.dtype), layer.weight))
+
+
+def dense_mask(mask: Tensor, layer: SparseLinear) -> Tensor:
+    """Block mask to bool `[N, K]`."""
+    return expand_mask(mask, layer.block, (layer.out_features, layer.in_features))
+
+
+def readable_weights(layers: Mapping[str, SparseLinear], fixed: bool) -> dict[str, Tensor]:
+    """The weights that a NaN in would matter of. With masks that are `fixed`, what all pathways have pruned is never
+    read again, and comes as zero where a weight is not finite."""
+    weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}
+    if fixed:
+        for name, finite in zip(layers, is_finite(list(weights.values())), strict=True):
+            if not finite:
+                used = torch.stack(list(layers[name].masks.values())).any(0)
+                weights[name] = torch.where(dense_mask(used, layers[name]), weights[name], 0.0)
+    return weights
 
 
 class MaskedUpdate:

@@ -113,7 +113,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         sp.FormatError: another line that is not a JSON object, with its number.
     """
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)

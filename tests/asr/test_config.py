@@ -30,11 +30,10 @@ def test_config_refuses(fields, reason, tmp_path):
         ({"score": "size"}, r"PruneConfig\.score = 'size'; want one of magnitude, gradient, movement, learned"),
         ({"interval": 0}, r"PruneConfig\.interval = 0; want at least 1"),
         ({"freeze": -5}, r"PruneConfig\.freeze = -5; want at least 1"),
-        ({"freeze": 500}, r"PruneConfig\.freeze = 500 is after the last of steps = 400"),
         ({"source": "imp"}, r"PruneConfig\.source = 'imp'; want lap, lsp or nothing"),
         ({"scope": "all"}, r"PruneConfig\.scope = 'all'; want layer, global or nothing"),
     ],
-    ids=["sparsity", "block", "score", "interval", "freeze", "freeze-late", "source", "scope"],
+    ids=["sparsity", "block", "score", "interval", "freeze", "source", "scope"],
 )
 def test_pruning_refuses_before_it_reads_anything(fields, reason, tmp_path):
     with pytest.raises(ValueError, match=reason):
@@ -55,5 +54,18 @@ def test_the_default_is_what_the_comparisons_found_best(tmp_path):
     assert (plan.scope, plan.score) == ("layer", sp.Gradient())
     assert pruning_method(replace(default, method="lap"), ("en", "nl"), 0.0).scope == "layer"
     assert pruning_method(replace(default, method="lap", scope="global"), ("en", "nl"), 0.0).scope == "global"
+    for method in ("dynamic_asr_pathways", "asr_pathways"):  # freeze is the joint phase's, and scope all phases'
+        phases = pruning_method(
+            replace(default, method=method, source="lsp", source_steps=100, freeze=300, scope="global"),
+            ("en", "nl"),
+            0.0,
+        )
+        assert [phase.plan.scope for phase in phases[:2]] == ["global"] * 2
+    with pytest.raises(ValueError, match="freeze = 500 is after the last of steps = 400"):
+        pruning_method(replace(default, freeze=500), ("en", "nl"), 0.0)
+    with pytest.raises(ValueError, match="scope is no argument of method 'asr_pathways'"):
+        pruning_method(replace(default, method="asr_pathways", scope="global"), ("en", "nl"), 0.0)
+    with pytest.raises(ValueError, match="scope is no setting of source = 'imp'; it takes levels, last, norm"):
+        pruning_method(replace(default, method="lsp", scope="global", options={"source": "imp"}), ("en", "nl"), 0.0)
     with pytest.raises(ValueError, match="scope is no argument of method 'imp'"):
         pruning_method(replace(default, method="imp", scope="global"), ("en", "nl"), 0.0)

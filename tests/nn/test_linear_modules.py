@@ -69,9 +69,18 @@ def test_masks_of_other_blocks_or_pathways_are_refused(rng):
             other.load_state_dict(state)
         assert other[0].mask("en").all() and other[0].mask("fr").all()
     same = nn.Sequential(sp.SparseLinear(16, 16, block=(8, 1), pathways=("en", "fr")))
-    for given in (state, {key: value for key, value in state.items() if "mask_layout" not in key}):  # of older files
+    older = {key: value for key, value in state.items() if "mask_layout" not in key}
+    for given in (state, older, {key: value.float() for key, value in state.items()}):
         same.load_state_dict(given)
         assert torch.equal(same[0].mask("en"), layer[0].mask("en"))
+        assert torch.equal(same[0].mask_layout, layer[0].mask_layout)
+    same[0].add_pathway_("it")
+    with pytest.raises(RuntimeError, match="are of the pathways en, fr; this layer has en, fr, it"):
+        same.load_state_dict(state)
+    with torch.device("meta"):
+        empty = nn.Sequential(sp.SparseLinear(16, 16, block=(8, 1), pathways=("en", "fr")))
+    empty.to_empty(device="cpu").load_state_dict(state)
+    assert torch.equal(empty[0].mask_layout, layer[0].mask_layout)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
@@ -204,3 +213,14 @@ def test_torch_compile_without_graph_breaks(training, rng):
         (ours,) = torch.autograd.grad(compiled(x).square().sum(), x)
         (eager,) = torch.autograd.grad(model(x).square().sum(), x)
         torch.testing.assert_close(ours, eager)
+
+
+def test_states_pass_through_what_wraps_a_model(rng):
+    """Distributed checkpoints map the keys of parameters and buffers, and nothing else."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    model, other = (sp.sparsify_(nn.Sequential(nn.Linear(16, 16)), (8, 1), ("en", "fr")) for _ in range(2))
+    model[0].set_mask_(torch.rand(2, 16, generator=rng) < 0.5, "en")
+    state = get_model_state_dict(torch.compile(model))
+    set_model_state_dict(torch.compile(other), state)
+    assert torch.equal(other[0].mask("en"), model[0].mask("en"))

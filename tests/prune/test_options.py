@@ -371,3 +371,24 @@ def test_phases_are_no_plan(toy):
     model = toy.make_model()
     with pytest.raises(TypeError, match=r"plan is a tuple; want a PruningPlan; phases, as those of"):
         sp.Pruner(model, sp.methods.imp(LANGUAGES, 0.5, steps=20, levels=2))
+
+
+def test_a_stair_decides_the_pathways_that_have_had_batches(toy):
+    schedule = sp.Milestones(((2, 0.2), (8, 0.5)))
+    plan = sp.PruningPlan(schedule=schedule, interval=50, score="gradient", pathways=LANGUAGES)
+    model = toy.make_model()
+    pruner, decided = sp.Pruner(model, plan, optimizer := toy.sgd(model)), []
+    names = ["en"] * 4 + ["fr"] * 6
+    toy.train(
+        model, pruner, optimizer, names, after=lambda s, n, event: decided.append(event.decided) if event else None
+    )
+    assert decided == [("en",), LANGUAGES]
+    assert toy.kept(model, "fr") == toy.target(model, 0.5)
+
+
+def test_kept_blocks_of_all_layers_that_are_too_few_are_refused(toy):
+    model = toy.make_model()
+    toy.fixed_masks(model, 0.75)
+    with pytest.raises(ValueError, match=r"pathway 'en' keeps 20 of 78 blocks|fewer than sparsity 0\.5 leaves"):
+        plan = replace(sp.methods.gradual(LANGUAGES, 0.5, steps=20, scope="global"), init="current")
+        sp.Pruner(model, plan, toy.sgd(model))

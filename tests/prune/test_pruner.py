@@ -1,6 +1,7 @@
 """Densities, events, and what a decision or an update may touch."""
 
 import json
+import warnings
 from dataclasses import asdict, replace
 
 import pytest
@@ -364,3 +365,25 @@ def test_weights_that_get_no_gradient_are_explained(toy):
         pruner.step(["en"])
     with pytest.raises(TypeError, match=r"model is a NoneType; want an nn.Module"):
         prune.Pruner(None, prune.methods.lap())
+
+
+def test_what_is_pruned_for_good_may_be_anything(toy):
+    """Pruned values are never read: not by a product, and not by the Pruner."""
+    model = toy.make_model()
+    toy.fixed_masks(model)
+    layer = model[0]
+    unused = ~sp.expand_mask(layer.mask("en") | layer.mask("fr"), layer.block, tuple(layer.weight.shape))
+    with torch.no_grad():
+        layer.weight[unused] = torch.nan
+    optimizer = toy.sgd(model)
+    pruner = prune.Pruner(model, prune.methods.asr_pathways(LANGUAGES, 0.5), optimizer)
+    toy.train(model, pruner, optimizer, toy.turns(4))
+    assert unused.any() and model(torch.ones(1, 10)).isfinite().all()
+
+
+def test_fixed_masks_do_not_warn_of_what_would_be_pruned():
+    model = sp.sparsify_(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1)), (8, 64), ("a",))
+    model[0].set_mask_(torch.arange(8)[:, None] < 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prune.Pruner(model, prune.methods.asr_pathways(("a",), 5 / 9), torch.optim.SGD(model.parameters(), lr=0.1))
