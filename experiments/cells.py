@@ -108,30 +108,34 @@ class Comparisons:
         phases = self.dynamic_from(self.lsp(start), start, s, "given", score="magnitude", dense_grad=start == s)
         return f"Dynamic from LSP {start:.0%}, magnitude", f"dynamic-lsp{round(100 * start)}", phases
 
-    def across_rows(self, s: float) -> list[tuple[str, str, Phases]]:
-        """One ranking of the blocks of all layers: one shared mask, fixed pathways, and the best of the options."""
-        return [
-            (
-                "Dynamic, |w g|, one ranking, longer average",
-                "dynamic-across",
-                self.single(self.wg(s, scope="global", score=LONG_AVERAGE)),
-            ),
-            (
-                "Dynamic, |w g|, one ranking, interval by churn",
-                "dynamic-across-churn",
-                self.single(self.wg(s, scope="global", churn=0.05)),
-            ),
-            (
-                "LAP, one ranking",
-                "lap-across",
-                self.single(m.lap(LANGUAGES, s, steps=self.joint, scope="global")),
-            ),
-            (
-                "ASR Pathways, LSP masks, one ranking",
-                "pathways-across",
-                m.joint(self.lsp(s, scope="global"), m.asr_pathways(LANGUAGES, s), self.joint),
-            ),
-        ]
+    # "across": one ranking of the blocks of all layers
+
+    def best_row(self, s: float) -> tuple[str, str, Phases]:
+        """The best of the options together, the default of `sparse-pathways prune`."""
+        plan = self.wg(s, scope="global", score=LONG_AVERAGE)
+        return "Dynamic, |w g|, one ranking, longer average", "dynamic-across", self.single(plan)
+
+    def churn_across_row(self, s: float) -> tuple[str, str, Phases]:
+        """Its rival."""
+        plan = self.wg(s, scope="global", churn=0.05)
+        return "Dynamic, |w g|, one ranking, interval by churn", "dynamic-across-churn", self.single(plan)
+
+    def lap_across_row(self, s: float) -> tuple[str, str, Phases]:
+        """One shared mask, ranked likewise."""
+        return "LAP, one ranking", "lap-across", self.single(m.lap(LANGUAGES, s, steps=self.joint, scope="global"))
+
+    def pathways_across_row(self, s: float) -> tuple[str, str, Phases]:
+        """Fixed pathways, ranked likewise."""
+        phases = m.joint(self.lsp(s, scope="global"), m.asr_pathways(LANGUAGES, s), self.joint)
+        return "ASR Pathways, LSP masks, one ranking", "pathways-across", phases
+
+    def across_cells(self) -> Iterator[Cell]:
+        """90 %, 70 % and a sweep."""
+        rows = [self.best_row, self.churn_across_row, self.lap_across_row]
+        yield from self.cells_of([row(0.9) for row in (*rows, self.pathways_across_row)], 0.9)
+        yield from self.cells_of([row(0.7) for row in rows], 0.7)
+        for sparsity in (0.8, 0.95, 0.6, 0.5, 0.3):
+            yield from self.cells_of([self.best_row(sparsity)], sparsity, self.seeds[:2])
 
     def dense_cells(self) -> Iterator[Cell]:
         """What all start from."""
@@ -191,13 +195,12 @@ class Comparisons:
         scored = ("LAP, |w g|", "lap-wg", self.single(m.lap(LANGUAGES, 0.9, steps=self.joint, score="gradient")))
         yield from self.cells_of([scored], 0.9)
 
-    def wg(self, s: float = 0.9, steps: int | None = None, **settings: Any) -> sp.PruningPlan:
-        """The language-aware plan; `settings` of the method, or fields of the plan."""
-        fields = {name: settings.pop(name) for name in ("after_freeze",) if name in settings}
-        score = settings.pop("score", "gradient")
-        return replace(
-            m.dynamic_asr_pathways(LANGUAGES, s, steps=steps or self.joint, score=score, **settings), **fields
-        )
+    def wg(
+        self, s: float = 0.9, steps: int | None = None, after_freeze: str = "same", **settings: Any
+    ) -> sp.PruningPlan:
+        """The language-aware plan; `settings` of the method."""
+        plan = m.dynamic_asr_pathways(LANGUAGES, s, steps=steps or self.joint, **settings)
+        return replace(plan, after_freeze=after_freeze)
 
     def option_cells(self, s: float = 0.9) -> Iterator[Cell]:
         """Table C: one thing changed at a time, at equal steps, then what is longer."""
@@ -289,13 +292,7 @@ class Comparisons:
                 *self.table_a(),
                 *self.option_cells(),
                 *self.pattern_cells(),
-                *self.cells_of(self.across_rows(0.9), 0.9),
-                *self.cells_of(self.across_rows(0.7)[:3], 0.7),
-                *(
-                    cell
-                    for s in (0.8, 0.95, 0.6, 0.5, 0.3)
-                    for cell in self.cells_of(self.across_rows(s)[:1], s, self.seeds[:2])
-                ),
+                *self.across_cells(),
             ]
         )
 

@@ -217,8 +217,8 @@ def lsp(
     sources: dict[str, Callable[..., Any]] = {"gradual": gradual, "imp": imp, "lth": lth, "adaptive": adaptive}
     if source not in sources:
         raise ValueError(f"source = {source!r}; choose one of {', '.join(sources)}")
-    accepted = [*inspect.signature(sources[source]).parameters][3:]  # after pathways, sparsity, steps
-    accepted = [name for name in accepted if name != "prefix"]
+    own = ("pathways", "sparsity", "steps", "prefix")  # set here
+    accepted = [name for name in inspect.signature(sources[source]).parameters if name not in own]
     if unknown := [name for name in settings if name not in accepted]:
         raise ValueError(f"{unknown[0]} is no setting of source = {source!r}; it takes {', '.join(accepted)}")
     for name in check_names(pathways):

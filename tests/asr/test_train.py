@@ -170,7 +170,7 @@ def test_log_of_a_sitting_that_was_killed_is_cut_to_its_checkpoint(dense_config,
         with pytest.raises(KeyboardInterrupt):
             train(dense_config)
     with (dense_config.out / "log.jsonl").open("a") as file:
-        file.write('{"step": 5, "loss": 1}\n')
+        file.write('{"step": 5, "loss": 1}\n{"step": 6, "lo')
     train(dense_config)
     assert [line["step"] for line in log(dense_config.out)] == [6, 6]
 

@@ -389,6 +389,6 @@ def test_a_stair_decides_the_pathways_that_have_had_batches(toy):
 def test_kept_blocks_of_all_layers_that_are_too_few_are_refused(toy):
     model = toy.make_model()
     toy.fixed_masks(model, 0.75)
-    with pytest.raises(ValueError, match=r"pathway 'en' keeps 20 of 78 blocks|fewer than sparsity 0\.5 leaves"):
-        plan = replace(sp.methods.gradual(LANGUAGES, 0.5, steps=20, scope="global"), init="current")
+    plan = replace(sp.methods.gradual(LANGUAGES, 0.5, steps=20, scope="global"), init="current")
+    with pytest.raises(ValueError, match=r"pathway 'en' keeps 18 of 72 blocks, fewer than sparsity 0\.5 leaves"):
         sp.Pruner(model, plan, toy.sgd(model))
