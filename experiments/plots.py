@@ -1,5 +1,9 @@
 """Pictures of the results: sparsity against errors, convergence, churn of masks and overlap of languages over time."""
 
+import itertools
+import math
+import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +19,7 @@ SWEPT = (
     ("dynamic-wg", "dynamic pathways, |w g|"),
     ("dynamic-across", "dynamic pathways, |w g|, one ranking, longer average"),
 )
+BINS = 25  # of a curve
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 FOLLOWED = ("lap", "pathways-lsp", "dynamic-magnitude", "dynamic-lap70", "dynamic-wg", "dynamic-across")
 
@@ -64,14 +69,16 @@ def _curves(results: Results, sparsity: float, curve: str, column: int, label: s
 
 
 def _mean_curve(row: Row, curve: str, column: int) -> list[tuple[float, float]]:
-    """Mean over seeds where all have a point at the same place of their curve."""
+    """Mean over seeds, bin by bin: with masks of their own, languages are decided at other steps in every seed."""
+    binned: dict[int, list[list[tuple[float, float]]]] = defaultdict(list)
     curves = [result["history"][curve] for result in row.results.values()]
-    length = min(len(one) for one in curves)
-    return [
-        (curves[0][i][0], sum(one[i][column] for one in curves) / len(curves))
-        for i in range(length)
-        if all(one[i][0] == curves[0][i][0] for one in curves)
-    ]
+    width = max((point[0] for one in curves for point in one), default=0) / BINS
+    for one in curves:
+        for bin_, points in itertools.groupby(one, lambda point: math.ceil(point[0] / width)):
+            binned[bin_].append([(point[0], point[column]) for point in points])
+    shared = [seeds for _, seeds in sorted(binned.items()) if len(seeds) == len(curves)]
+    means = [[tuple(map(statistics.fmean, zip(*points, strict=True))) for points in seeds] for seeds in shared]
+    return [(statistics.fmean(x for x, _ in seeds), statistics.fmean(y for _, y in seeds)) for seeds in means]
 
 
 FIGURES: dict[str, tuple[str, Callable[[Results], Figure | None]]] = {

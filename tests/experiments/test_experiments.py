@@ -259,6 +259,20 @@ def test_the_page_in_git_is_made_from_the_results_in_git(tmp_path):
         assert path.stat().st_size < 30_000, path
 
 
+def test_curves_of_seeds_that_decide_at_other_steps_are_drawn():
+    """Own masks are decided every so many batches of their language, so at other steps in every seed."""
+    from experiments.plots import _mean_curve
+    from experiments.statistics import Row
+
+    def result(seed, steps):
+        return {"history": {"decisions": [[step, "en", 0.5 + seed] for step in steps]}}
+
+    runs = {seed: result(seed, range(seed + 1, 1001, 7)) for seed in (0, 1)}
+    points = _mean_curve(Row("dynamic", 0.9, runs, 2), "decisions", 2)
+    assert len(points) == 25 and all(low < high for (low, _), (high, _) in zip(points, points[1:], strict=False))
+    assert {y for _, y in points} == {1.0}
+
+
 def test_tables_of_no_results_leave_the_page_alone(tmp_path):
     from experiments.cells import REDUCED
     from experiments.tables import write_all
